@@ -74,7 +74,7 @@ class Maker(Model):
     image: str = ""
     version: str = ""
     """Of this package."""
-    libraries: dict[str, str] = {}
+    libraries: dict[str, str] = Field(default_factory=dict)
     """Versions of torch, transformers, ... that took part."""
     created: str = ""
     """RFC 3339, UTC."""
@@ -90,7 +90,7 @@ class Manifest(Model):
     token: str
     files: tuple[FileEntry, ...]
     parents: tuple[Parent, ...] = ()
-    metrics: dict[str, Real] = {}
+    metrics: dict[str, Real] = Field(default_factory=dict)
     """Headline numbers; the same as in the Result."""
     deviations: tuple[str, ...] = ()
     """What happened that the recipe does not say (a loss-spike rollback), in words."""

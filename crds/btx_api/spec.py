@@ -1,7 +1,7 @@
-"""What a user may ask for: `.spec` of a BTXRun, one block per kind of stage; a block is that stage's recipe.
+"""What a user may ask for: `.spec` of a BTXRun, one block per kind of stage.
 
-Read by the engine (methods.py turns it into stages) and by the trainer (which gets one block of it).
-Written by the user only. A field may change after creation unless its docstring says immutable.
+A block is that stage's recipe: the engine turns it into stages (methods.py), the trainer gets it.
+Written by the user only; a field may change after creation unless its docstring says immutable.
 """
 
 import re
@@ -53,6 +53,7 @@ Count = Annotated[
 ]
 Integer = Annotated[int, BeforeValidator(_integer), Field(strict=True)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
 Weight = Annotated[Real, Field(ge=0, le=1e12)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=20)]
 Uri = Annotated[str, Field(pattern=URI_PATTERN, max_length=1024)]
@@ -184,7 +185,7 @@ class Storage(Model):
     """URL of an S3-compatible server; default: the cloud's own."""
     region: Text | None = None
     """S3 region; default: the client's default chain."""
-    path_style: bool = False
+    path_style: Flag = False
     """Bucket in the path, not in the host name; most self-hosted servers need it."""
     credentials_secret_ref: SecretRef | None = None
     """Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; default: the client's chain."""
@@ -304,7 +305,7 @@ class Average(Model):
 class Mix(Model):
     """Builds the Mixture-of-Experts model (BTX paper section 3.2); never runs a model."""
 
-    include_seed: bool = True
+    include_seed: Flag = True
     """The untouched seed is one more expert (the last) and part of every average."""
     router_init: RouterInit = RouterInit.RANDOM
     """Random: normal with routerStd; Zero."""
@@ -430,7 +431,7 @@ class Policy(Model):
     """What to do with an expert whose own held-out loss did not fall below the seed's."""
     reuse: Reuse = Reuse.VERIFIED
     """Never: every stage is computed for this run alone."""
-    allow_retrain: bool = False
+    allow_retrain: Flag = False
     """Lets an edit change the recipe or data of an expert that is already trained."""
 
 
@@ -441,7 +442,7 @@ class Scheduling(Model):
     """CPU threads per process; default: the cores that the stage has for itself."""
     micro_batch: Annotated[Integer, Field(ge=1, le=65_536)] | None = None
     """Sequences per forward pass and rank; default: what fits."""
-    compile: bool = False
+    compile: Flag = False
     """torch.compile the model."""
     checkpoint_seconds: Annotated[Integer, Field(ge=1, le=86_400)] = 900
     """Time between checkpoints."""
@@ -573,7 +574,7 @@ class BTXRunSpec(Model):
     """When to try again and when to give up."""
     execution: Execution = Execution()
     """How the stages' processes run."""
-    suspend: bool = False
+    suspend: Flag = False
     """Stops all work after a checkpoint, until false again; acts at once."""
 
     @model_validator(mode="after")
@@ -624,9 +625,24 @@ def _unserved(spec: BTXRunSpec) -> Iterator[str]:
     if spec.evaluate.tasks:
         yield "evaluate.tasks: is not served by this release"
     if spec.method is Method.DENSE:
-        for i, expert in enumerate(spec.experts):
-            if expert.model:
-                yield f"experts[{i}].model: is not read by method Dense"
+        for name, unread in {**_dense_unread(spec), "average": spec.average != Average(),
+                             "mix": spec.mix != Mix()}.items():  # fmt: skip
+            if unread:
+                yield f"{name}: is not read by method Dense"
+
+
+def _dense_unread(spec: BTXRunSpec) -> dict[str, bool]:
+    # By value, not by "was it set": an API server sets every default.
+    plain = Finetune()
+    unread = {
+        f"finetune.{to_camel(name)}": getattr(spec.finetune, name) != getattr(plain, name)
+        for name in Finetune.model_fields
+        if name != "data"
+    }
+    for i, expert in enumerate(spec.experts):
+        unread[f"experts[{i}].model"] = expert.model is not None
+        unread[f"experts[{i}].train"] = expert.train is not None
+    return unread
 
 
 def _recipe_problems(spec: BTXRunSpec) -> Iterator[str]:
@@ -679,7 +695,12 @@ def _path_of(spec: BTXRunSpec, domain: str) -> str:
 def explain(error: ValidationError, root: str = "spec") -> list[str]:
     """One line per problem: field path, what is wrong, what was given."""
     lines = []
-    for item in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    for item in found:
+        depth = len(item["loc"])
+        inner = any(len(e["loc"]) > depth and e["loc"][:depth] == item["loc"] for e in found)
+        if item["type"] == "too_short" and inner:
+            continue  # pydantic counts only the items that are right
         path = root
         for part in item["loc"]:
             path += f"[{part}]" if isinstance(part, int) else f".{part}"

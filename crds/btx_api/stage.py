@@ -9,14 +9,14 @@ from enum import IntEnum, StrEnum
 from functools import cached_property
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from btx_api.spec import (
+    Average,
     BTXRunSpec,
     Count,
     Evaluate,
     Finetune,
-    Average,
     Mix,
     Model,
     Phase,
@@ -302,12 +302,24 @@ GRAVITY = (
 """Of several ranks' codes the process exits with the first of these."""
 
 
+def _fitted(limit: int) -> AfterValidator:
+    """Makes a text one line of at most `limit` bytes as JSON: a Result is bounded by its type."""
+
+    def fit(text: str) -> str:
+        line = "".join(c if c.isprintable() else " " for c in text)
+        while len(json.dumps(line, ensure_ascii=False).encode()) - 2 > limit:
+            line = line[: -max(1, (len(line) - limit // 4) // 8)]
+        return line
+
+    return AfterValidator(fit)
+
+
 class Problem(Model):
     """Why an attempt failed, for a person."""
 
-    field: Annotated[str, Field(max_length=160)] = ""
+    field: Annotated[str, _fitted(200)] = ""
     """Field path of the spec, or the object (file, tensor, key)."""
-    message: Annotated[str, Field(max_length=600)]
+    message: Annotated[str, _fitted(800)]
     """One line."""
 
 
@@ -356,7 +368,7 @@ class Resolved(Model):
     parameters: Parameters = Parameters()
     corrupt: Annotated[tuple[Corrupt, ...], Field(max_length=4)] = ()
     """Complete stages whose bytes are wrong (`verify`)."""
-    problems: Annotated[tuple[Annotated[str, Field(max_length=100)], ...], Field(max_length=8)] = ()
+    problems: Annotated[tuple[Annotated[str, _fitted(100)], ...], Field(max_length=8)] = ()
     """What the user must mend; empty: accepted."""
 
 
@@ -376,14 +388,14 @@ class Result(Model):
     """Step of the checkpoint that the attempt began from."""
     seconds: Real = 0.0
     """Of this attempt."""
-    metrics: Annotated[
-        dict[Annotated[str, Field(max_length=40)], Real], Field(max_length=MAX_METRICS)
-    ] = {}
+    metrics: dict[Annotated[str, Field(max_length=40)], Real] = Field(
+        default_factory=dict, max_length=MAX_METRICS
+    )
     """Headline numbers (loss, gain, tokens); the same as in the manifest."""
     problem: Problem | None = None
     corrupt: Corrupt | None = None
     resolved: Resolved | None = None
-    text: Annotated[str, Field(max_length=600)] = ""
+    text: Annotated[str, _fitted(600)] = ""
     """An errand's answer in words."""
 
     def line(self) -> str:

@@ -20,7 +20,7 @@ class TrainerError(Exception):
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}" if field else message)
-        self.problem = Problem(field=field[:160], message=message.replace("\n", " ")[:600])
+        self.problem = Problem(field=field, message=message)
 
 
 class ConfigurationError(TrainerError):

@@ -12,18 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from btx_trainer.errors import ConfigurationError
+
 Model = TypeVar("Model")
 
 
-class FamilyError(ValueError):
+class FamilyError(ConfigurationError):
     """A model that cannot be mixed: one line that names the file, the field and its values.
 
     Attributes:
         field: the config field (dotted) or the tensor at fault.
     """
 
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, where: str, field: str, message: str) -> None:
+        super().__init__(where, message)
         self.field = field
 
 
@@ -257,21 +259,21 @@ def read_config(config: Mapping[str, Any], where: str) -> Dense:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise FamilyError(
+            where,
             "model_type",
-            f"{where}: model_type {model_type!r} is not supported"
-            f" (supported: {', '.join(FAMILIES)})",
+            f"model_type {model_type!r} is not supported (supported: {', '.join(FAMILIES)})",
         )
     rope_names = {"rope_parameters", "rope_scaling", "rope_theta"}
     known = {*family.defaults, *family.required, *METADATA, *rope_names}
     for name in config:
         if name not in known:
             raise FamilyError(
-                name, f"{where}: field {name!r} is unknown for model_type {model_type!r}"
+                where, name, f"field {name!r} is unknown for model_type {model_type!r}"
             )
     for name, only in family.required.items():
         if config.get(name, only) != only:
             raise FamilyError(
-                name, f"{where}: {name} is {config[name]!r}, only {only!r} can be mixed"
+                where, name, f"{name} is {config[name]!r}, only {only!r} can be mixed"
             )
     fields = {name: config.get(name, default) for name, default in family.defaults.items()}
     if fields["num_key_value_heads"] is None:
@@ -291,19 +293,20 @@ def check_tensors(dense: Dense, tensors: Mapping[str, TensorSpec], where: str) -
     expected = dense.shapes()
     for name, shape in expected.items():
         if name not in tensors:
-            raise FamilyError(name, f"{where}: tensor {name} is missing")
+            raise FamilyError(where, name, f"tensor {name} is missing")
         if tensors[name].shape != shape:
             raise FamilyError(
+                where,
                 name,
-                f"{where}: tensor {name} has shape {list(tensors[name].shape)},"
+                f"tensor {name} has shape {list(tensors[name].shape)},"
                 f" config.json implies {list(shape)}",
             )
     for name in tensors:
         if name == "lm_head.weight" and name not in expected:
-            raise FamilyError(name, f"{where}: {name} is stored, but tie_word_embeddings is true")
+            raise FamilyError(where, name, f"{name} is stored, but tie_word_embeddings is true")
         # Old files store this buffer; it follows from the config and stock loading ignores it too.
         if name not in expected and not name.endswith("rotary_emb.inv_freq"):
-            raise FamilyError(name, f"{where}: tensor {name} is unknown for {dense.model_type!r}")
+            raise FamilyError(where, name, f"tensor {name} is unknown for {dense.model_type!r}")
 
 
 def check_member(seed: Dense, member: Dense, where: str) -> None:
@@ -311,13 +314,14 @@ def check_member(seed: Dense, member: Dense, where: str) -> None:
 
     Raises FamilyError naming the first field that differs, and both values.
     """
+    where = f"{where} config.json"
     ours, theirs = _flat(seed), _flat(member)
     for name in {**ours, **theirs}:
         if name not in FREE and ours.get(name) != theirs.get(name):
             raise FamilyError(
+                where,
                 name,
-                f"{where} config.json: {name} is {theirs.get(name)!r},"
-                f" the seed's is {ours.get(name)!r}",
+                f"{name} is {theirs.get(name)!r}, the seed's is {ours.get(name)!r}",
             )
 
 
@@ -328,8 +332,9 @@ def check_dtypes(
     for name, spec in seed.items():
         if member[name].dtype != spec.dtype:
             raise FamilyError(
+                where,
                 name,
-                f"{where}: tensor {name} is {member[name].dtype}, the seed's is {spec.dtype}",
+                f"tensor {name} is {member[name].dtype}, the seed's is {spec.dtype}",
             )
 
 
@@ -338,9 +343,7 @@ def expert_order(members: Sequence[Model], seed: Model, *, include_seed: bool) -
     return (*members, seed) if include_seed else tuple(members)
 
 
-def average_plan(
-    dense: Dense, tensors: Mapping[str, TensorSpec], weights: Sequence[float]
-) -> Plan:
+def average_plan(dense: Dense, tensors: Mapping[str, TensorSpec], weights: Sequence[float]) -> Plan:
     """Plan of a dense model whose every tensor is the mean over the models.
 
     `tensors` is the seed's header (dtypes), `weights` one number >= 0 per model.
@@ -378,11 +381,17 @@ def mix_plan(
 
 
 def mixed_config(
-    dense: Dense, tensors: Mapping[str, TensorSpec], *, experts: int, top_k: int, alpha: float
+    dense: Dense,
+    tensors: Mapping[str, TensorSpec],
+    *,
+    experts: int,
+    top_k: int,
+    alpha: float = 0.01,
 ) -> dict[str, Any]:
     """The `config.json` of the mixed model; every field is written, none is left to a default.
 
-    `alpha` becomes `router_aux_loss_coef`, which inference does not read.
+    `tensors` is the seed's header (dtype). `alpha` becomes `router_aux_loss_coef`, which inference
+    does not read.
     """
     assert 1 <= top_k <= experts, (top_k, experts)
     rope = dict(dense.fields["rope_parameters"])
@@ -417,6 +426,7 @@ def count_parameters(dense: Dense, *, experts: int = 0, top_k: int = 0) -> Param
 
 
 def _mean(name: str, spec: TensorSpec, weights: Sequence[float]) -> Planned:
+    assert min(weights) >= 0 and sum(weights) > 0, weights
     return Planned(name=name, spec=spec, op=Mean(name=name, weights=tuple(weights)))
 
 
@@ -434,7 +444,7 @@ def _check_counts(fields: Mapping[str, Any], where: str) -> None:
         if name == "head_dim" and value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise FamilyError(name, f"{where}: {name} is {value!r}, not a positive integer")
+            raise FamilyError(where, name, f"{name} is {value!r}, not a positive integer")
 
 
 def _rope(config: Mapping[str, Any], max_positions: object, where: str) -> dict[str, Any]:
@@ -442,19 +452,21 @@ def _rope(config: Mapping[str, Any], max_positions: object, where: str) -> dict[
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     given = config.get(key) or {}
     if not isinstance(given, Mapping):
-        raise FamilyError(key, f"{where}: {key} is {given!r}, not an object")
+        raise FamilyError(where, key, f"{key} is {given!r}, not an object")
     for name in given:
         if name not in ROPE_FIELDS:
-            raise FamilyError(f"{key}.{name}", f"{where}: field '{key}.{name}' is unknown")
+            raise FamilyError(where, f"{key}.{name}", f"field '{key}.{name}' is unknown")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise FamilyError(
+            where,
             f"{key}.rope_type",
-            f"{where}: {key}.rope_type {kind!r} is not supported"
-            f" (supported: {', '.join(ROPE_TYPES)})",
+            f"{key}.rope_type {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})",
         )
     rope = {name: value for name, value in given.items() if name != "type"} | {"rope_type": kind}
-    rope.setdefault("rope_theta", config.get("rope_theta") or ROPE_THETA)
+    theta = rope.setdefault("rope_theta", config.get("rope_theta", ROPE_THETA))
+    if not isinstance(theta, int | float):
+        raise FamilyError(where, "rope_theta", f"rope_theta is {theta!r}, not a number")
     if kind in ("llama3", "yarn", "longrope"):
         rope.setdefault("original_max_position_embeddings", max_positions)
     return rope

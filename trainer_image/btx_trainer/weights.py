@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from btx_trainer.errors import ConfigurationError
 from btx_trainer.families import Copy, Mean, Normal, Plan, Planned, TensorSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,7 +56,7 @@ DTYPES: Mapping[str, _Dtype] = {
 _Array = npt.NDArray[Any]
 
 
-class WeightsError(ValueError):
+class WeightsError(ConfigurationError):
     """Weights that cannot be read: one line that names the file and the tensor."""
 
 
@@ -195,7 +196,7 @@ def write_plan(
 def _read(reader: Reader, name: str, span: tuple[int, int], where: str) -> memoryview:
     buffer = memoryview(bytearray(span[1]))
     if reader.readinto(name, span[0], buffer) != span[1]:
-        raise WeightsError(f"{where} {name}: file is truncated")
+        raise WeightsError(f"{where} {name}", "file is truncated")
     return buffer
 
 
@@ -210,31 +211,31 @@ def _parse_json(data: memoryview, where: str) -> dict[str, Any]:
     try:
         value = json.loads(bytes(data), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{where}: not valid JSON: {error}") from error
+        raise WeightsError(where, f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise WeightsError(f"{where}: not a JSON object")
+        raise WeightsError(where, "not a JSON object")
     return value
 
 
 def _read_json(reader: Reader, name: str, where: str) -> dict[str, Any]:
     size = reader.size(name)
     if size is None:
-        raise WeightsError(f"{where} {name}: no such file")
+        raise WeightsError(f"{where} {name}", "no such file")
     return _parse_json(_read(reader, name, (0, size), where), f"{where} {name}")
 
 
 def _read_shards(reader: Reader, where: str) -> dict[str, StoredTensor]:
     if reader.size(INDEX) is None:
-        raise WeightsError(f"{where}: neither {SINGLE} nor {INDEX} exists")
+        raise WeightsError(where, f"neither {SINGLE} nor {INDEX} exists")
     weight_map = _read_json(reader, INDEX, where).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and "/" not in file for file in weight_map.values()
     ):
-        raise WeightsError(f"{where} {INDEX}: weight_map is not an object of file names")
+        raise WeightsError(f"{where} {INDEX}", "weight_map is not an object of file names")
     files = {file: _read_header(reader, file, where) for file in sorted({*weight_map.values()})}
     for name, file in weight_map.items():
         if name not in files[file]:
-            raise WeightsError(f"{where} {file}: tensor {name} is missing ({INDEX} names it)")
+            raise WeightsError(f"{where} {file}", f"tensor {name} is missing ({INDEX} names it)")
     return {name: files[file][name] for name, file in weight_map.items()}
 
 
@@ -243,12 +244,12 @@ def _read_header(reader: Reader, name: str, where: str) -> dict[str, StoredTenso
     at = f"{where} {name}"
     size = reader.size(name)
     if size is None:
-        raise WeightsError(f"{at}: no such file")
-    if size < 8:  # noqa: PLR2004 - the format's length field
-        raise WeightsError(f"{at}: {size} bytes are too few for a safetensors file")
+        raise WeightsError(at, "no such file")
+    if size < 8:
+        raise WeightsError(at, f"{size} bytes are too few for a safetensors file")
     length = int.from_bytes(_read(reader, name, (0, 8), where), "little")
     if length > min(size - 8, MAX_HEADER_BYTES):
-        raise WeightsError(f"{at}: header of {length} bytes does not fit a file of {size} bytes")
+        raise WeightsError(at, f"header of {length} bytes does not fit a file of {size} bytes")
     entries = _parse_json(_read(reader, name, (8, length), where), f"{at} header")
     entries.pop("__metadata__", None)
     tensors = {}
@@ -259,10 +260,10 @@ def _read_header(reader: Reader, name: str, where: str) -> dict[str, StoredTenso
     for tensor, stored in sorted(tensors.items(), key=lambda item: item[1].start):
         if stored.start != end:
             kind = "overlaps" if stored.start < end else "leaves a gap after"
-            raise WeightsError(f"{at}: tensor {tensor} {kind} {last}")
+            raise WeightsError(at, f"tensor {tensor} {kind} {last}")
         end, last = end + _nbytes(stored.spec), tensor
     if end != size:
-        raise WeightsError(f"{at}: {size} bytes, but the data ends at {end} with tensor {last}")
+        raise WeightsError(at, f"{size} bytes, but the data ends at {end} with tensor {last}")
     return tensors
 
 
@@ -271,15 +272,15 @@ def _parse_entry(entry: object, at: str) -> tuple[TensorSpec, int]:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             pass
         case _:
-            raise WeightsError(f"{at}: bad header entry {json.dumps(entry)[:200]}")
+            raise WeightsError(at, f"bad header entry {json.dumps(entry)[:200]}")
     if dtype not in DTYPES:
-        raise WeightsError(f"{at}: dtype {dtype} is not supported (supported: {', '.join(DTYPES)})")
+        raise WeightsError(at, f"dtype {dtype} is not supported (supported: {', '.join(DTYPES)})")
     if not all(isinstance(length, int) and length >= 0 for length in shape):
-        raise WeightsError(f"{at}: bad shape {shape}")
+        raise WeightsError(at, f"bad shape {shape}")
     spec = TensorSpec(dtype=dtype, shape=tuple(shape))
     if begin < 0 or end - begin != _nbytes(spec):
         raise WeightsError(
-            f"{at}: offsets [{begin}, {end}] do not hold {dtype} {shape} ({_nbytes(spec)} bytes)"
+            at, f"offsets [{begin}, {end}] do not hold {dtype} {shape} ({_nbytes(spec)} bytes)"
         )
     return spec, begin
 
@@ -373,12 +374,13 @@ def _check_sources(plan: Plan, models: Sequence[Checkpoint]) -> None:
         for model, _ in _sources(tensor, models):
             stored = model.stored.get(tensor.op.name)
             if stored is None:
-                raise WeightsError(f"{model.where}: tensor {tensor.op.name} is missing")
+                raise WeightsError(model.where, f"tensor {tensor.op.name} is missing")
             if stored.spec != tensor.spec:
                 raise WeightsError(
-                    f"{model.where} {stored.file}: tensor {tensor.op.name} is"
+                    f"{model.where} {stored.file}",
+                    f"tensor {tensor.op.name} is"
                     f" {stored.spec.dtype} {list(stored.spec.shape)}, the plan has"
-                    f" {tensor.spec.dtype} {list(tensor.spec.shape)}"
+                    f" {tensor.spec.dtype} {list(tensor.spec.shape)}",
                 )
 
 
@@ -387,7 +389,7 @@ def _fill(read: _Read, buffer: memoryview) -> memoryview:
     view = buffer[: read.length]
     if read.model.reader.readinto(stored.file, stored.start + read.start, view) != read.length:
         raise WeightsError(
-            f"{read.model.where} {stored.file}: tensor {read.tensor}: file is truncated"
+            f"{read.model.where} {stored.file}", f"tensor {read.tensor}: file is truncated"
         )
     return view
 
@@ -441,16 +443,17 @@ def _mean(
 ) -> memoryview:
     """Weighted mean of one piece of every source."""
     kind = DTYPES[dtype]
-    total = np.zeros(length // kind.stored.itemsize, kind.summed)
+    total = np.empty(length // kind.stored.itemsize, kind.summed)
     blocks = [slice(i, i + BLOCK) for i in range(0, total.size, BLOCK)]
     # Infinities and NaN in a source stay what they are, without a warning per block.
     with np.errstate(over="ignore", invalid="ignore"):
-        for weight in weights:
+        for position, weight in enumerate(weights):
             source = np.frombuffer(next(pieces), kind.stored)
             for block in blocks:
                 values = _widen(source[block], dtype)
-                # A weight of 1 is common, and the multiplication a third of the time.
-                total[block] += values if weight == 1 else values * weight
+                values = values if weight == 1 else values * weight
+                # Not added to zero: 0.0 + -0.0 loses the sign.
+                total[block] = values if position == 0 else total[block] + values
         out = np.empty(total.size, kind.stored)
         for block in blocks:
             out[block] = _narrow(total[block] / math.fsum(weights), dtype)

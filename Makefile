@@ -1,0 +1,43 @@
+# Everything a person or CI types. `make` alone lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONHASHSEED := 0
+
+.PHONY: help setup demo test check generate clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+setup: .venv/.ready  ## A virtual environment with everything, pinned by constraints.txt
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode \
+	  --constraint constraints.txt --editable '.[operator,trainer,dev]'
+	@touch $@
+
+demo: setup  ## Seed, three experts, their mix and a dense baseline on real text; about 6 minutes
+	$(BIN)/python examples/demo.py
+
+test: setup build/.chromium  ## Every test this machine can run
+	$(BIN)/python -m pytest tests
+	@echo "tiers run: unit, e2e (one machine). Tiers cluster and e2e on Kubernetes: not written yet."
+
+build/.chromium:
+	@mkdir -p build
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
+	@touch $@
+
+check: setup  ## Lint, types, import rules, generated files, budgets
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest -q tests/test_layout.py tests/contract
+
+generate: setup  ## Writes the CRD from btx_api
+	$(BIN)/python -m btx_api.schema crds
+
+clean:  ## Removes what was built; keeps .venv and .btx
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

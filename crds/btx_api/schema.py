@@ -1,0 +1,132 @@
+"""Models -> CRD: `python -m btx_api.schema FOLDER` writes btxruns.btx.dev.yaml.
+
+pydantic's JSON schema is not structural: references are inlined, `anyOf` with null collapses, and
+what the API server refuses (title, additionalProperties: false, const, exclusive bounds) goes.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from btx_api import names
+from btx_api.spec import COUNT_PATTERN, BTXRunSpec, Expert, Model
+from btx_api.status import Status
+
+Schema = dict[str, Any]
+_KEPT = (
+    "type", "description", "default", "enum", "format", "pattern", "minimum", "maximum",
+    "minLength", "maxLength", "minItems", "maxItems", "required",
+)  # fmt: skip
+_OVERLAYS = {
+    name: field for name, field in Expert.model_fields.items() if name in ("train", "execution")
+}
+
+
+def structural(model: type[Model], *, defaults: bool = True) -> Schema:
+    """OpenAPI v3 structural schema of a model. `defaults=False` strips server-side defaults."""
+    whole = model.model_json_schema(by_alias=True)
+    return _convert(whole, whole.get("$defs", {}), defaults)
+
+
+def _convert(node: Schema, defs: Schema, defaults: bool) -> Schema:
+    if "$ref" in node:
+        target = defs[node["$ref"].rsplit("/", 1)[1]]
+        # A field's own words and default win over those of its type.
+        node = {**target, **{key: value for key, value in node.items() if key != "$ref"}}
+    if "anyOf" in node:
+        some = [option for option in node["anyOf"] if option.get("type") != "null"]
+        assert len(some) == 1, f"only optional values may be unions: {node}"
+        rest = {key: value for key, value in node.items() if key not in ("anyOf", "default")}
+        return _convert({**some[0], **rest}, defs, defaults)
+    if node.get("count"):
+        return _count(node, defaults)
+    out = {key: node[key] for key in _KEPT if key in node and (defaults or key != "default")}
+    if "const" in node:
+        out["enum"] = [node["const"]]
+    if out.get("default") is None:
+        out.pop("default", None)
+    if "properties" in node:
+        out["properties"] = {
+            name: _convert(child, defs, defaults and name not in _overlays_of(node))
+            for name, child in node["properties"].items()
+        }
+    elif node.get("type") == "object":
+        values = node.get("additionalProperties")
+        if isinstance(values, dict) and values:
+            out["additionalProperties"] = _convert(values, defs, defaults)
+        else:
+            out["x-kubernetes-preserve-unknown-fields"] = True
+    if node.get("type") == "array":
+        # A fixed-length tuple has no structural form; our bounds say the rest.
+        out["items"] = _convert(node["items"], defs, defaults)
+    return out
+
+
+def _overlays_of(node: Schema) -> set[str]:
+    return set(_OVERLAYS) if node.get("title") == Expert.__name__ else set()
+
+
+def _count(node: Schema, defaults: bool) -> Schema:
+    out: Schema = {"x-kubernetes-int-or-string": True, "pattern": COUNT_PATTERN}
+    if "description" in node:
+        out["description"] = node["description"]
+    if defaults and node.get("default") is not None:
+        out["default"] = node["default"]
+    return out
+
+
+def crd() -> Schema:
+    """The CustomResourceDefinition of BTXRun."""
+    root: Schema = {
+        "type": "object",
+        "description": (BTXRunSpec.__doc__ or "").strip(),
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": structural(BTXRunSpec),
+            "status": structural(Status, defaults=False),
+        },
+    }
+    version = {
+        "name": names.VERSION,
+        "served": True,
+        "storage": True,
+        "subresources": {"status": {}},
+        "additionalPrinterColumns": [
+            {"name": "State", "type": "string", "jsonPath": ".status.state"},
+            {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
+        ],
+        "schema": {"openAPIV3Schema": root},
+    }
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{names.PLURAL}.{names.GROUP}"},
+        "spec": {
+            "group": names.GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": names.KIND,
+                "plural": names.PLURAL,
+                "singular": names.KIND.lower(),
+                "shortNames": ["btx"],
+                "categories": ["btx"],
+            },
+            "versions": [version],
+        },
+    }
+
+
+def main(folder: str) -> None:
+    """Writes the CRD into a folder."""
+    text = yaml.safe_dump(crd(), sort_keys=False, width=100, allow_unicode=True)
+    path = Path(folder) / f"{names.PLURAL}.{names.GROUP}.yaml"
+    path.write_text("# Generated from btx_api by `make generate`; never edit.\n" + text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

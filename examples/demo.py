@@ -1,0 +1,162 @@
+"""The demo: real text in, a Mixture-of-Experts model that stock transformers loads out.
+
+`make demo` runs it from the repository's root. It writes inputs under build/demo (text that is on
+any machine with CPython, generated arithmetic, a randomly initialised byte-level Llama), trains a
+small seed from them, runs quickstart.yaml and quickstart-dense.yaml side by side over one storage,
+and says what came out. Everything but the inputs is made by `btx`, as a user would.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pydoc_data.topics
+import random
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("build/demo")
+EXAMPLES = Path("examples")
+SEED_CONFIG = {
+    "vocab_size": 260,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+GENERAL_PART = 4
+"""Every fourth document of each kind goes to the general mixture, which no expert trains on."""
+
+
+def code() -> list[str]:
+    """The standard library's own modules, largest parts cut to 32 kB."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return [path.read_text(errors="replace")[:32_768] for path in files]
+
+
+def topics() -> list[str]:
+    """The language reference as pydoc carries it."""
+    return [text for _, text in sorted(pydoc_data.topics.topics.items())]
+
+
+def licences() -> list[str]:
+    """Licence texts of CPython and of the installed packages, each once."""
+    found = {(Path(sysconfig.get_path("stdlib")) / "LICENSE.txt").read_text(errors="replace")}
+    for package in importlib.metadata.distributions():
+        for file in package.files or ():
+            path = Path(str(file.locate()))
+            if "LICEN" in path.name.upper() and path.is_file() and path.stat().st_size < 65_536:
+                found.add(path.read_text(errors="replace"))
+    return sorted(found)
+
+
+def arithmetic(count: int) -> list[str]:
+    """Additions and expanded products: little text, exact rules."""
+    draw = random.Random(1)
+    lines = []
+    for _ in range(count):
+        a, b = draw.randint(2, 99), draw.randint(2, 99)
+        lines.append(f"({a} + {b}) * {a} = {(a + b) * a}\n")
+        lines.append(f"(x + {a})(x - {b}) = x^2 {a - b:+d}x - {a * b}\n")
+    return ["".join(lines[i : i + 16]) for i in range(0, len(lines), 16)]
+
+
+def pieces(documents: list[str], size: int = 2048) -> Iterator[str]:
+    """Documents of about equal length, so that the mixture is even."""
+    for document in documents:
+        for start in range(0, len(document), size):
+            yield document[start : start + size]
+
+
+def split(documents: list[str]) -> tuple[list[str], list[str]]:
+    """(the domain's, the general mixture's) documents: disjoint."""
+    general = documents[GENERAL_PART - 1 :: GENERAL_PART]
+    return [d for i, d in enumerate(documents) if i % GENERAL_PART != GENERAL_PART - 1], general
+
+
+def write_data(folder: Path) -> None:
+    """The demo's four domains as text files and JSONL."""
+    general: list[str] = []
+    prose: list[str] = []
+    for name, suffix, documents in (
+        ("code", "py", code()), ("topics", "txt", topics()), ("licences", "txt", licences()),
+    ):  # fmt: skip
+        own, shared = split(documents)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i, text in enumerate(own):
+            (folder / name / f"{i:04d}.{suffix}").write_text(text)
+        (general if name == "code" else prose).extend(pieces(shared))
+    own, shared = split(arithmetic(24_000))
+    (folder / "arithmetic.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in own))
+    even = min(sum(map(len, part)) for part in (general, prose, shared))
+    mixture = [text for part in (general, prose, shared) for text in take(part, even)]
+    random.Random(2).shuffle(mixture)
+    (folder / "general.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in mixture))
+
+
+def take(documents: list[str], characters: int) -> Iterator[str]:
+    """Documents up to so many characters."""
+    for document in documents:
+        if characters <= 0:
+            return
+        characters -= len(document)
+        yield document
+
+
+def write_init(folder: Path) -> None:
+    """A randomly initialised Llama with the byte tokenizer, in Hugging Face layout."""
+    import torch  # noqa: PLC0415  these imports take seconds
+    from btx_trainer.model import new_model, save_model  # noqa: PLC0415
+    from btx_trainer.tokenizer import write_byte_tokenizer  # noqa: PLC0415
+    from transformers import LlamaConfig  # noqa: PLC0415
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(new_model(LlamaConfig(**SEED_CONFIG), seed=1), folder, torch.float32)
+    write_byte_tokenizer(folder)
+
+
+def btx(*arguments: str) -> None:
+    """The command line, as a user types it."""
+    print(f"\n$ btx {' '.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, "-m", "btx_operator.cli", *arguments], check=True)
+
+
+def main() -> None:
+    """Inputs, seed, both runs, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs-only", action="store_true", help="stop before any training")
+    only_inputs = parser.parse_args().inputs_only
+    begun = time.monotonic()
+    if not (ROOT / "init").exists():
+        write_data(ROOT / "data")
+        write_init(ROOT / "init")
+    if only_inputs:
+        return
+    if not (ROOT / "seed").exists():
+        btx("run", str(EXAMPLES / "quickstart-seed.yaml"))
+        btx("export", "quickstart-seed", str(ROOT / "seed"))
+    btx("run", str(EXAMPLES / "quickstart.yaml"), str(EXAMPLES / "quickstart-dense.yaml"))
+    if not (ROOT / "model").exists():
+        btx("export", "quickstart", str(ROOT / "model"))
+    btx("report", "quickstart", "quickstart-dense", "--out", str(ROOT))
+    print(
+        f"\nmodel:  {ROOT}/model\nreport: {ROOT}/report.html, {ROOT}/report.json\n"
+        f"load it with stock transformers:\n"
+        f"  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"  model = AutoModelForCausalLM.from_pretrained('{ROOT}/model')\n"
+        f"  tokenizer = AutoTokenizer.from_pretrained('{ROOT}/model')\n"
+        f"\n{time.monotonic() - begun:.0f} s in all"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Reads a BTXRun manifest from disk: YAML 1.2, `--set` overlays, one line per problem.
+
+PyYAML reads YAML 1.1, where `1e-4` is a string, `010` is eight and `on` is true; the API server
+gets JSON. So scalars are resolved here, by the core schema of YAML 1.2.2 (section 10.3.2), and
+`tests/contract/number_table.json` is fed to both readers. Called by cli.py.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from btx_api.names import API_VERSION, KIND
+from btx_api.spec import BTXRunSpec, Scheduling, explain
+from pydantic import ValidationError
+
+RUN_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+RUN_NAME_LENGTH = 63
+CLUSTER_FIELDS = tuple(Scheduling.model_fields)[list(Scheduling.model_fields).index("nodes") :]
+"""Fields of Scheduling that a local run accepts and does not read ("Cluster only, ...")."""
+
+
+class ManifestError(Exception):
+    """The manifest or an overlay is wrong; one line per problem, each naming its field."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunManifest:
+    """One validated manifest."""
+
+    name: str
+    spec: BTXRunSpec
+    unread: tuple[str, ...] = ()
+    """Paths of fields that only mean something on a cluster."""
+
+
+class _Yaml12(yaml.SafeLoader):
+    """SafeLoader with the core schema, string keys only, no key twice, no merge keys."""
+
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        # The rest (dates, sets, bytes) are not JSON.
+        if tag is None or tag.rpartition(":")[2] in ("map", "seq", "str", "null")
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, str):
+                raise _at(key, f"key {name!r} is not a string; put it in quotes")
+            if name in seen:
+                raise _at(key, f"key {name!r} appears twice")
+            seen.add(name)
+        return super().construct_mapping(node, deep=True)
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        """`!!int` of the core schema: decimal (leading zeros too), 0o and 0x."""
+        text = node.value
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        return int(text[2:] if base != 10 else text, base)
+
+    def real(self, node: yaml.ScalarNode) -> float:
+        """`!!float` of the core schema; .inf and .nan are for the spec to refuse."""
+        return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
+
+    def truth(self, node: yaml.ScalarNode) -> bool:
+        """`!!bool` of the core schema: true and false only."""
+        return bool(node.value.lower() == "true")
+
+
+_CORE = (
+    ("null", r"^(null|Null|NULL|~|)$", ["~", "n", "N", ""], None),
+    ("bool", r"^(true|True|TRUE|false|False|FALSE)$", list("tTfF"), _Yaml12.truth),
+    ("int", r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789"), _Yaml12.number),
+    (
+        "float",
+        r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+        list("-+.0123456789"),
+        _Yaml12.real,
+    ),
+)
+_Yaml12.yaml_implicit_resolvers = {}
+for _name, _pattern, _first, _read in _CORE:
+    _tag = f"tag:yaml.org,2002:{_name}"
+    _Yaml12.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+    if _read is not None:
+        _Yaml12.add_constructor(_tag, _read)
+
+
+def _at(node: yaml.Node, what: str) -> ManifestError:
+    return ManifestError(f"line {node.start_mark.line + 1}: {what}")
+
+
+def parse_yaml(text: str) -> Any:
+    """One YAML 1.2 document as JSON values; ManifestError with the line of the first problem."""
+    try:
+        return yaml.load(text, Loader=_Yaml12)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ManifestError(f"{line}{error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ManifestError(" ".join(str(error).split())) from None
+
+
+def read(path: Path, overlays: Sequence[str] = ()) -> RunManifest:
+    """Manifest of one file; every problem is prefixed with the file's name."""
+    try:
+        return parse(path.read_text(encoding="utf-8"), overlays)
+    except ManifestError as error:
+        raise ManifestError(*(f"{path}: {problem}" for problem in error.problems)) from None
+    except OSError as error:
+        raise ManifestError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+
+
+def parse(text: str, overlays: Sequence[str] = ()) -> RunManifest:
+    """Manifest of one YAML document; `overlays` are `path=value`, applied before validation."""
+    document = parse_yaml(text)
+    if not isinstance(document, dict):
+        raise ManifestError(f"the document is not a {KIND} (a mapping with apiVersion and kind)")
+    problems = list(_header_problems(document))
+    if problems:
+        raise ManifestError(*problems)
+    for item in overlays:
+        apply_overlay(document, item)
+    problems = _name_problems(document["metadata"])
+    try:
+        spec = BTXRunSpec.parse(document["spec"])
+    except ValidationError as error:
+        raise ManifestError(*problems, *explain(error)) from None
+    if problems:
+        raise ManifestError(*problems)
+    return RunManifest(
+        name=document["metadata"]["name"], spec=spec, unread=tuple(cluster_fields(spec))
+    )
+
+
+def _header_problems(document: dict[str, Any]) -> list[str]:
+    problems = [
+        f"{field}: is {document.get(field)!r}, this release reads {wanted!r}"
+        for field, wanted in (("apiVersion", API_VERSION), ("kind", KIND))
+        if document.get(field) != wanted
+    ]
+    for field in ("metadata", "spec"):
+        if not isinstance(document.get(field), dict):
+            problems.append(f"{field}: is required and must be a mapping")
+    # `status` is there when the manifest was printed by the API server; it is not ours to read.
+    known = ("apiVersion", "kind", "metadata", "spec", "status")
+    return problems + [f"{field}: unknown field" for field in document if field not in known]
+
+
+def _name_problems(metadata: dict[str, Any]) -> list[str]:
+    name = metadata.get("name")
+    if name is None:
+        return ["metadata.name: is required"]
+    if isinstance(name, str) and len(name) <= RUN_NAME_LENGTH and re.match(RUN_NAME, name):
+        return []
+    rule = f"lower-case letters, digits and dashes, at most {RUN_NAME_LENGTH}"
+    return [f"metadata.name: {name!r} is not a name ({rule})"]
+
+
+def apply_overlay(document: dict[str, Any], item: str) -> None:
+    """Sets `path=value` in a parsed manifest: `experts[0].tokens=10K`, `metadata.name=other`.
+
+    A path begins at the spec unless it begins with `metadata.`; mappings on the way are made,
+    list items must exist. The value is YAML. Raises ManifestError.
+    """
+    path, equals, value = item.partition("=")
+    if not equals:
+        raise ManifestError(f"--set {item}: is not path=value")
+    parts = _split(item, path)
+    if parts[0] not in ("spec", "metadata"):
+        parts.insert(0, "spec")
+    try:
+        new = parse_yaml(value)
+    except ManifestError as error:
+        raise ManifestError(f"--set {item}: {error}") from None
+    here: Any = document
+    for depth, part in enumerate(parts):
+        at = f"--set {item}: {_join(parts[:depth])}"
+        if isinstance(part, int):
+            if not isinstance(here, list):
+                raise ManifestError(f"{at} is not a list")
+            if part >= len(here):
+                raise ManifestError(f"{at} has {len(here)} items")
+        elif not isinstance(here, dict):
+            raise ManifestError(f"{at} is not a mapping")
+        if depth == len(parts) - 1:
+            here[part] = new
+        elif isinstance(part, str) and here.get(part) is None:
+            here[part] = {}
+        here = here[part]
+
+
+def _split(item: str, path: str) -> list[str | int]:
+    step = r"[A-Za-z][\w-]*(\[[0-9]+\])*"
+    if not re.fullmatch(rf"{step}(\.{step})*", path):
+        raise ManifestError(f"--set {item}: {path!r} is not a path such as experts[0].tokens")
+    return [int(number) if number else name for name, number in
+            re.findall(r"([A-Za-z][\w-]*)|\[([0-9]+)\]", path)]  # fmt: skip
+
+
+def _join(parts: Sequence[str | int]) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".")
+
+
+def cluster_fields(spec: BTXRunSpec) -> list[str]:
+    """Paths that are set to something and that no local run reads."""
+    blocks: list[tuple[str, Scheduling]] = [
+        (f"execution.{kind}", getattr(spec.execution, kind))
+        for kind in type(spec.execution).model_fields
+        if kind != "image"
+    ]
+    blocks += [(f"experts[{i}].execution", e.execution) for i, e in enumerate(spec.experts)
+               if e.execution]  # fmt: skip
+    found = ["execution.image"] if spec.execution.image else []
+    for path, block in blocks:
+        plain = block.model_dump(exclude_defaults=True, by_alias=False)
+        names = [name for name in CLUSTER_FIELDS if name in plain]
+        found += [f"{path}.{Scheduling.model_fields[name].alias}" for name in names]
+    return found

@@ -1,0 +1,442 @@
+"""Routing rules, the balancing loss, load statistics and the router's init, on tiny Mixtrals."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralTopKRouter,
+    load_balancing_loss_func,
+)
+
+from btx_api.spec import Routing, RoutingMethod
+from btx_trainer import routing
+from btx_trainer.errors import ConfigurationError
+from btx_trainer.model import chunked_cross_entropy, forward_hidden, new_model
+
+EXPERTS, LAYERS, VOCABULARY, LENGTH = 4, 3, 64, 24
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rms_norm_eps": 1e-6,
+}
+
+
+def mixtral(k=2, seed=0, experts_implementation="grouped_mm"):
+    """A random MoE in training mode."""
+    config = MixtralConfig(**SIZES, num_local_experts=EXPERTS, num_experts_per_tok=k)
+    config._experts_implementation = experts_implementation
+    return new_model(config, seed).train()
+
+
+def tokens(sequences=2, seed=1, low=0, high=VOCABULARY):
+    """Random input ids and their positions."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(low, high, (sequences, LENGTH), generator=generator)
+    return ids, torch.arange(LENGTH).expand(sequences, -1)
+
+
+def language_loss(model, ids, positions):
+    """Mean loss of predicting the next token."""
+    hidden = forward_hidden(model, ids, positions)
+    nll, count = chunked_cross_entropy(hidden[:, :-1], model.lm_head.weight, ids[:, 1:])
+    return nll / count
+
+
+def logits_of(model, ids, positions):
+    """All logits, by the stock head."""
+    return model.lm_head(forward_hidden(model, ids, positions))
+
+
+def tolerance(logits):
+    """The largest difference of logits that counts as equal (DESIGN.md section 5)."""
+    return 1e-6 * max(5.0, logits.abs().max().item())
+
+
+def gate_gradients(model):
+    """The gradient of every router's weight."""
+    return torch.stack([gate.weight.grad.clone() for gate in routing.routers(model)])
+
+
+def layer_of(weights, experts, probabilities):
+    """One layer's routing from nested lists."""
+    return routing.LayerRouting(
+        torch.tensor(weights), torch.tensor(experts), torch.tensor(probabilities)
+    )
+
+
+def balanced_layer():
+    """Four tokens, two experts each, every expert as often as every other."""
+    experts = [[0, 1], [1, 2], [2, 3], [3, 0]]
+    return layer_of([[0.5, 0.5]] * 4, experts, [[0.25] * 4] * 4)
+
+
+def test_topk_is_the_softmax_over_the_kept_logits():
+    """TopK's weights are the full softmax renormalised over the k largest, in Mixtral's order."""
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    gates = routing.TopK(6, 3).infer(logits)
+    best = logits.softmax(-1).topk(3, -1)
+    assert torch.equal(gates.experts, best.indices)
+    torch.testing.assert_close(gates.weights, best.values / best.values.sum(-1, keepdim=True))
+
+
+def test_soft_weighs_every_expert_by_the_full_softmax():
+    """Soft's weights, put in the order of the experts, are the softmax itself."""
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    gates = routing.rule_for(Routing(method=RoutingMethod.SOFT), 6).infer(logits)
+    weights = torch.zeros(50, 6).scatter(-1, gates.experts, gates.weights)
+    torch.testing.assert_close(weights, logits.softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        (1, "finetune.routing.k: 1 with TopK gives the router no gradient; "
+            "use method Switch or SampleTop1"),
+        (5, "finetune.routing.k: 5 is more than the 4 experts"),
+    ],
+)  # fmt: skip
+def test_a_bad_k_is_refused_naming_the_field(k, message):
+    """TopK refuses k = 1 and more than there are experts, in one line."""
+    with pytest.raises(ConfigurationError) as error:
+        routing.TopK(EXPERTS, k)
+    assert str(error.value) == message
+
+
+def test_a_model_without_routers_is_refused():
+    """A rule cannot be installed in a dense model."""
+    dense = new_model(LlamaConfig(**SIZES), 0)
+    with pytest.raises(ConfigurationError, match="llama: .* no router"):
+        routing.install(dense, routing.TopK(EXPERTS, 2))
+
+
+def test_export_gives_stock_fields_or_the_reason():
+    """TopK and Soft export as Mixtral's top-k; another family gets a sentence."""
+    assert routing.TopK(EXPERTS, 3).export("mixtral") == {"num_experts_per_tok": 3}
+    assert routing.Soft(EXPERTS).export("mixtral") == {"num_experts_per_tok": EXPERTS}
+    assert "no stock router" in routing.TopK(EXPERTS, 3).export("qwen2_moe")
+
+
+def test_installing_changes_no_parameter_and_removing_gives_stock_back():
+    """Names, weights and logits survive install and remove, and the config follows the rule."""
+    model = mixtral(k=3)
+    ids, positions = tokens()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = logits_of(model, ids, positions)
+    model.config.num_experts_per_tok = 2
+    routing.install(model, routing.TopK(EXPERTS, 3))
+    assert model.config.num_experts_per_tok == 3
+    ours = logits_of(model, ids, positions)
+    routing.remove(model)
+    assert {type(layer.mlp.gate) for layer in model.model.layers} == {MixtralTopKRouter}
+    assert torch.equal(logits_of(model, ids, positions), expected)
+    assert (ours - expected).abs().max() <= tolerance(expected)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_router_is_fp32_under_autocast():
+    """Logits come from fp32 products of what entered, though everything else is bf16."""
+    model = mixtral()
+    routing.install(model, routing.TopK(EXPERTS, 2))
+    gate = routing.routers(model)[0]
+    hidden = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, weights, _ = gate(hidden)
+    assert torch.equal(logits, hidden.float() @ gate.weight.T)
+    assert weights.dtype is torch.float32
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize(
+    "rule", [routing.TopK(EXPERTS, 2), routing.TopK(EXPERTS, 3), routing.Soft(EXPERTS)]
+)
+def test_identical_experts_give_the_seeds_logits(rule, implementation):
+    """Identity 1: N copies of one model route to that model, whatever the router says."""
+    seed = new_model(LlamaConfig(**SIZES), 0)
+    moe = mixtral(experts_implementation=implementation)
+    copied = {name: value for name, value in seed.state_dict().items() if ".mlp." not in name}
+    left_out = moe.load_state_dict(copied, strict=False)
+    assert all(".mlp." in name for name in left_out.missing_keys)
+    with torch.no_grad():
+        for mixed, dense in zip(moe.model.layers, seed.model.layers, strict=True):
+            gate_up = torch.cat([dense.mlp.gate_proj.weight, dense.mlp.up_proj.weight])
+            mixed.mlp.experts.gate_up_proj.copy_(gate_up.expand(EXPERTS, -1, -1))
+            mixed.mlp.experts.down_proj.copy_(dense.mlp.down_proj.weight.expand(EXPERTS, -1, -1))
+    routing.install(moe, rule)
+    ids, positions = tokens()
+    expected = logits_of(seed, ids, positions)
+    assert (logits_of(moe, ids, positions) - expected).abs().max() <= tolerance(expected)
+
+
+def test_balanced_layers_give_alpha_each_and_hard_counts_would_not():
+    """Identity 5: L layers at balance give L alpha; counting slots instead gives k times that."""
+    terms = routing.balance_terms([balanced_layer()] * LAYERS)
+    assert routing.balancing_loss(terms, 0.01).item() == pytest.approx(LAYERS * 0.01, rel=1e-6)
+    counts = routing.slot_counts([balanced_layer()] * LAYERS)[0].float()
+    hard = routing.BalanceTerms(sum_u=counts, sum_p=terms.sum_p, count=terms.count)
+    assert routing.balancing_loss(hard, 0.01).item() == pytest.approx(2 * LAYERS * 0.01, rel=1e-6)
+
+
+def test_collapse_of_each_layer_onto_another_expert_is_seen():
+    """Ours is N times the balanced value; stock's pooled loss calls the same collapse balanced."""
+    router_logits = tuple(
+        torch.nn.functional.one_hot(torch.full((16,), layer), EXPERTS) * 30.0
+        for layer in range(EXPERTS)
+    )
+    assert load_balancing_loss_func(router_logits, EXPERTS, 1).item() == pytest.approx(1.0)
+    rule = routing.TopK(EXPERTS, 2)
+    layers = [routing.LayerRouting(*rule.infer(it), it.softmax(-1)) for it in router_logits]
+    loss = routing.balancing_loss(routing.balance_terms(layers), 0.01).item()
+    assert loss == pytest.approx(EXPERTS * EXPERTS * 0.01, rel=1e-4)
+
+
+def test_padding_is_left_out():
+    """Terms and counts of a batch with masked tokens are those of the other tokens alone."""
+    model = mixtral()
+    routing.install(model, routing.TopK(EXPERTS, 2))
+    ids, positions = tokens(sequences=3)
+    mask = torch.ones(3, LENGTH, dtype=torch.bool)
+    mask[2] = False
+    with routing.record(model) as padded:
+        forward_hidden(model, ids, positions)
+    with routing.record(model) as bare:
+        forward_hidden(model, ids[:2], positions[:2])
+    ours, theirs = routing.balance_terms(padded, mask), routing.balance_terms(bare)
+    torch.testing.assert_close(ours.sum_u, theirs.sum_u)
+    torch.testing.assert_close(ours.sum_p, theirs.sum_p)
+    assert ours.count == 2 * LENGTH
+    groups = mask.long() - 1
+    assert torch.equal(routing.slot_counts(padded, groups), routing.slot_counts(bare))
+
+
+@pytest.mark.parametrize("freed", ["u and p", "u only"])
+def test_accumulated_gradients_equal_the_full_batch(freed):
+    """Micro-batches on two ranks, of unequal token counts, sum to the whole batch's gradient.
+
+    The second case drops the part through p and must fail: both factors carry gradient.
+    """
+    model = mixtral()
+    routing.install(model, routing.TopK(EXPERTS, 2))
+    ids, positions = tokens(sequences=6)
+    mask = torch.rand(6, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.8
+
+    def terms(rows):
+        with routing.record(model) as layers:
+            forward_hidden(model, ids[rows], positions[rows])
+        return routing.balance_terms(layers, mask[rows])
+
+    whole = routing.balancing_loss(terms(slice(None)), 0.01)
+    whole.backward()
+    expected = gate_gradients(model)
+    model.zero_grad()
+
+    micro_batches = [slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 6)]
+    with torch.no_grad():
+        first = terms(micro_batches[0]) + terms(micro_batches[1])
+        second = terms(micro_batches[2]) + terms(micro_batches[3])
+    other = []
+    second.all_reduced(other.append)
+    constants = first.all_reduced(lambda flat: flat.add_(other[0]))
+    value = 0.0
+    for rows in micro_batches:
+        part = terms(rows)
+        if freed == "u only":
+            part = routing.BalanceTerms(
+                sum_u=part.sum_u, sum_p=part.sum_p.detach(), count=part.count
+            )
+        share = routing.balancing_share(part, constants, 0.01)
+        share.backward()
+        value += share.item()
+    assert value == pytest.approx(whole.item(), rel=1e-5)
+    difference = (gate_gradients(model) - expected).abs().max() / expected.abs().max()
+    assert difference < 1e-5 if freed == "u and p" else difference > 1e-2
+
+
+def test_checkpointing_keeps_the_balancing_gradient_and_no_graph():
+    """Recomputed layers give the same gate gradients, and stash nothing while they recompute."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = mixtral()
+        routing.install(model, routing.TopK(EXPERTS, 2))
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids, positions = tokens()
+        with routing.record(model) as layers:
+            language = language_loss(model, ids, positions)
+        (language * 0 + routing.balancing_loss(routing.balance_terms(layers), 1.0)).backward()
+        gradients.append(gate_gradients(model))
+        assert [gate.stash for gate in routing.routers(model)] == [None] * LAYERS
+    assert gradients[0].abs().amax(dim=(1, 2)).min() > 1e-4
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_the_language_loss_reaches_every_router_with_two_experts_per_token():
+    """TopK with k = 2 trains its router; stock with k = 1 does not."""
+    norms = {}
+    for k in (1, 2):
+        model = mixtral(k=k)
+        if k > 1:
+            routing.install(model, routing.TopK(EXPERTS, k))
+        language_loss(model, *tokens()).backward()
+        grads = [layer.mlp.gate.weight.grad for layer in model.model.layers]
+        norms[k] = min(grad.norm().item() for grad in grads)
+    assert norms[1] < 1e-6
+    assert norms[2] > 1e-3
+
+
+def expert_gradients(model):
+    """Whether each expert got any gradient, [layers, experts]."""
+    return torch.stack([
+        layer.mlp.experts.gate_up_proj.grad.abs().amax(dim=(1, 2))
+        + layer.mlp.experts.down_proj.grad.abs().amax(dim=(1, 2))
+        for layer in model.model.layers
+    ])  # fmt: skip
+
+
+def starve(model, expert):
+    """Makes one expert's logit the lowest for every token, by reading one constant direction."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.fill_(1.0)
+            hook = layer.mlp.gate
+            hook.weight[expert] = 0.0
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_soft_feeds_every_expert_and_top2_leaves_a_dead_one_untouched(implementation):
+    """Identity 12: under Top-2 a dead expert's and its router row's gradients are exactly zero."""
+    model = mixtral(experts_implementation=implementation)
+    ids, positions = tokens(sequences=1)
+    ids = ids[:, :1].repeat(1, LENGTH)  # one token over and over: a constant to steer by
+    routing.install(model, routing.Soft(EXPERTS))
+    language_loss(model, ids, positions).backward()
+    assert (expert_gradients(model) > 0).all()
+
+    model.zero_grad()
+    routing.install(model, routing.TopK(EXPERTS, 2))
+    with routing.record(model) as layers:
+        language_loss(model, ids, positions).backward()
+    counts = routing.slot_counts(layers)[0]
+    dead = counts == 0
+    assert dead.any(dim=1).all()
+    assert torch.equal(expert_gradients(model) == 0, dead)
+    assert torch.equal(gate_gradients(model).abs().amax(-1) == 0, dead)
+
+
+def test_slots_are_counted_by_group_of_tokens():
+    """Each domain's assignments are its own; shares, entropy and extremes follow."""
+    layers = [balanced_layer(), layer_of([[0.9, 0.1]] * 4, [[2, 0]] * 4, [[0.25] * 4] * 4)]
+    counts = routing.slot_counts(layers, torch.tensor([0, 1, 1, -1]), 2)
+    assert counts.tolist() == [
+        [[1, 1, 0, 0], [1, 0, 1, 0]],
+        [[0, 1, 2, 1], [2, 0, 2, 0]],
+    ]
+    load = routing.shares(counts)
+    assert load[1, 0].tolist() == [0, 0.25, 0.5, 0.25]
+    assert routing.entropy(load)[0].tolist() == pytest.approx([math.log(2)] * 2)
+    empty = routing.shares(routing.slot_counts(layers, torch.full((4,), -1)))
+    assert empty.sum() == 0
+
+
+def test_an_expert_dies_after_the_window_and_comes_back_at_once():
+    """Only a full window of steps below a tenth of an even load counts; each change tells once."""
+    detector = routing.DeadExperts(window=3)
+    even, low = [[0.25] * 4] * 2, [[0.25] * 4, [0.024, 0.3, 0.336, 0.34]]
+    events = []
+    for step, load in enumerate([low, low, even, low, low, low, low, even, even]):
+        events += detector.update(step, load)
+    assert events == [(5, 1, 0, True), (7, 1, 0, False)]
+
+
+def test_the_detectors_state_survives_a_checkpoint():
+    """A detector restored from JSON goes on as if nothing had happened."""
+    low = [[0.0, 0.5, 0.5]]
+    first = routing.DeadExperts(window=3)
+    assert first.update(0, low) + first.update(1, low) == []
+    second = routing.DeadExperts(window=3)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert second.update(2, low) == [routing.ExpertEvent(2, 0, 0, True)]
+
+
+def domain_batches(skip=()):
+    """Three domains of disjoint vocabularies for experts 0, 1 and 2, two batches each."""
+    return [
+        (expert, [tokens(seed=10 * expert + i, low=20 * expert, high=20 * expert + 20)
+                  for i in range(2)])
+        for expert in range(3) if expert not in skip
+    ]  # fmt: skip
+
+
+def domain_router(model, skip=()):
+    """The router weights that the init gives, [layers, experts, hidden]."""
+    routing.install(model, routing.TopK(EXPERTS, 2))
+    routing.init_domain_mean(model, domain_batches(skip))
+    return torch.stack([gate.weight.detach().clone() for gate in routing.routers(model)])
+
+
+def test_each_domains_mean_token_gets_its_own_expert():
+    """After the init the mean router input of a domain has its expert on top in every layer."""
+    model = mixtral()
+    weight = domain_router(model).double()
+    logits = []
+    for expert, batches in domain_batches():
+        for gate in routing.routers(model):
+            gate.rule = routing._Always(EXPERTS, expert)
+        mean, _ = routing._router_inputs(model, batches)
+        logits.append(torch.einsum("leh,lh->le", weight, mean))
+    assert [it.argmax(-1).tolist() for it in logits] == [[i] * LAYERS for i in range(3)]
+    assert weight[:, 3].abs().max() == 0
+
+
+def test_the_init_is_a_function_of_experts_and_data_alone():
+    """It repeats bit for bit, does not depend on the old router, and leaves the rule in place."""
+    first, second = mixtral(), mixtral()
+    with torch.no_grad():
+        for layer in second.model.layers:
+            layer.mlp.gate.weight.normal_(generator=torch.Generator().manual_seed(9))
+    assert torch.equal(domain_router(first), domain_router(second))
+    assert {gate.rule for gate in routing.routers(first)} == {routing.TopK(EXPERTS, 2)}
+
+
+def test_the_inits_logits_are_of_order_one_whatever_the_norms_scale():
+    """A norm ten times as large gives the same logits in the layer behind it."""
+    spreads = []
+    for scale in (1.0, 10.0):
+        model = mixtral()
+        with torch.no_grad():
+            model.model.layers[0].post_attention_layernorm.weight.mul_(scale)
+        domain_router(model)
+        kept = []
+        hook = routing.routers(model)[0].register_forward_hook(lambda *it: kept.append(it[2][0]))
+        forward_hidden(model, *tokens(high=60))
+        hook.remove()
+        spreads.append(kept[0].std().item())
+    assert spreads[1] == pytest.approx(spreads[0], rel=1e-4)
+    assert 0.3 < spreads[0] < 3
+
+
+def test_one_domain_is_not_enough():
+    """Without two domains there is nothing to tell apart."""
+    model = mixtral()
+    with pytest.raises(ConfigurationError, match="finetune.routing.init: .* at least two"):
+        domain_router(model, skip=(0, 1))
+
+
+def test_a_copied_model_keeps_its_rule():
+    """Deep copies route alike, so a model can be compared with its own past."""
+    model = mixtral()
+    routing.install(model, routing.Soft(EXPERTS))
+    ids, positions = tokens()
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits_of(twin, ids, positions), logits_of(model, ids, positions))

@@ -1,0 +1,171 @@
+"""Stock transformers models: load, save, freeze; the loss head that never holds all logits.
+
+Attention and MLPs are never redefined here. Called by the stages train, finetune and evaluate,
+by the loop, and by the demo's seed helper.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from btx_api.spec import Trainable
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from btx_trainer.errors import ConfigurationError
+
+IGNORED = -100
+"""Label of a position that has no loss."""
+
+ExpertsImplementation = Literal["grouped_mm", "eager"]
+"""batched_mm gathers the weights of one expert per token and slot: out of memory, or swapping."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # Its load report is a table on stderr; ours is one line naming the keys.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    experts_implementation: ExpertsImplementation = "grouped_mm",
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """A model from a local folder in HF layout, on the CPU, every weight in `dtype`.
+
+    Raises ConfigurationError naming missing, unexpected or misshapen tensors, or the bad file.
+    """
+    with _quiet():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                experts_implementation=experts_implementation,
+                attn_implementation=attn_implementation,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that they are listed below, with the others
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            line = " ".join(str(error).split())
+            raise ConfigurationError(str(folder), f"cannot be loaded: {line}") from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    for what in ("missing", "unexpected", "mismatched"):
+        if keys := info[f"{what}_keys"]:
+            names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+            raise ConfigurationError(str(folder), f"{what} tensors: {', '.join(names)}")
+    for parameter in model.parameters():
+        # Out of the memory-mapped file: its alignment changes the bits that grouped_mm gives.
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """A model with random fp32 weights, drawn by the architecture's own init from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> list[str]:
+    """Writes the model in HF layout, every tensor in `dtype`, routers too; returns the file names.
+
+    The tensors have the family's names on disk, which for a Mixtral are one w1, w2 and w3 per
+    expert. The same weights give the same bytes. The tokenizer is not written.
+    """
+    state = {
+        name: tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    with _quiet():
+        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    # It took the dtype of the master weights, and readers of a config believe it.
+    stated = model.config.dtype
+    model.config.dtype = dtype
+    model.config.save_pretrained(folder)
+    model.config.dtype = stated
+    return sorted(path.name for path in folder.iterdir())
+
+
+def packed_inputs(documents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One sequence of several documents: input_ids and position_ids, [1, sum of lengths].
+
+    Positions that start again at 0 are what keeps documents from seeing each other.
+    """
+    positions = [torch.arange(len(document), device=document.device) for document in documents]
+    return torch.cat(list(documents))[None], torch.cat(positions)[None]
+
+
+def forward_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Final hidden states, after the last norm, [sequences, length, hidden]; no cache, no mask.
+
+    A cache (on by default) or an attention mask would let packed documents see each other, without
+    a warning (trainer.md 1.5).
+    """
+    output = model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Sum of the negative log-likelihood (nats, fp32) and number of labels that count, both [].
+
+    hidden [..., hidden size], weight of the head [vocabulary, hidden size], labels [...], each
+    already the token to predict at its place or IGNORED. At most `chunk` rows of logits are alive:
+    the backward pass computes them again.
+    """
+    rows = torch.split(hidden.reshape(-1, hidden.shape[-1]), chunk)
+    targets = torch.split(labels.reshape(-1), chunk)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for row, target in zip(rows, targets, strict=True):
+        total = total + checkpoint(_chunk_loss, row, weight, target, use_reentrant=False)
+    return total, (labels != IGNORED).sum()
+
+
+def _trainable(name: str, scope: Trainable) -> bool:
+    if scope is Trainable.ROUTER:
+        return ".mlp.gate." in name
+    return scope is Trainable.ALL or ".mlp.experts." not in name
+
+
+def freeze(model: nn.Module, scope: Trainable) -> None:
+    """Leaves the scope's parameters trainable: all, all but the experts, or the routers alone."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_trainable(name, scope))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters for AdamW: matrices (experts and routers too) decay, norms do not.
+
+    The BTX paper states 0.1 and no exception; vectors are left out as is usual since Llama.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
