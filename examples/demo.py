@@ -1,6 +1,6 @@
 """The demo: real text in, a Mixture-of-Experts model that stock transformers loads out.
 
-`make demo` runs it from the repository's root. It writes inputs under build/demo (text that is on
+`make demo` runs it. It writes below the working folder inputs under build/demo (text that is on
 any machine with CPython, generated arithmetic, a randomly initialised byte-level Llama), trains a
 small seed from them, runs quickstart.yaml and quickstart-dense.yaml side by side over one storage,
 and says what came out. Everything but the inputs is made by `btx`, as a user would.
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("build/demo")
-EXAMPLES = Path("examples")
+EXAMPLES = Path(__file__).parent
 SEED_CONFIG = {
     "vocab_size": 260,
     "hidden_size": 128,

@@ -31,8 +31,7 @@ class Cost:
     """Trained on, whole steps."""
     steps: int = 0
     flops: float = 0.0
-    bounded: bool = False
-    """The FLOPs are an upper bound: held-out data may be shorter than the recipe allows."""
+    """At most: held-out data may be shorter than the recipe allows."""
 
 
 def cost(stage: Stage, parameters: Parameters) -> Cost:
@@ -50,7 +49,7 @@ def cost(stage: Stage, parameters: Parameters) -> Cost:
     forward = forward_flops(parameters, recipe.sequence_length, sparse=sparse)
     frozen = _frozen(recipe, parameters) if isinstance(recipe, FinetuneRecipe) else 0
     flops = tokens * (3 * forward - 2 * frozen) + measured * forward
-    return Cost(tokens=tokens, steps=steps, flops=float(flops), bounded=measured > 0)
+    return Cost(tokens=tokens, steps=steps, flops=float(flops))
 
 
 def forward_flops(parameters: Parameters, sequence_length: int, *, sparse: bool) -> int:
@@ -65,7 +64,7 @@ def _evaluate(recipe: EvaluateRecipe, parameters: Parameters) -> Cost:
         forward_flops(parameters, recipe.sequence_length, sparse=model.role in SPARSE_ROLES)
         for model in recipe.models
     )
-    return Cost(flops=float(per_token * recipe.tokens * len(recipe.columns)), bounded=True)
+    return Cost(flops=float(per_token * recipe.tokens * len(recipe.columns)))
 
 
 def _frozen(recipe: FinetuneRecipe, parameters: Parameters) -> float:

@@ -16,18 +16,12 @@ from btx_api.names import API_VERSION, KIND
 from btx_api.spec import BTXRunSpec, Scheduling, explain
 from pydantic import ValidationError
 
+from btx_operator.errors import ManifestError
+
 RUN_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 RUN_NAME_LENGTH = 63
 CLUSTER_FIELDS = tuple(Scheduling.model_fields)[list(Scheduling.model_fields).index("nodes") :]
 """Fields of Scheduling that a local run accepts and does not read ("Cluster only, ...")."""
-
-
-class ManifestError(Exception):
-    """The manifest or an overlay is wrong; one line per problem, each naming its field."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

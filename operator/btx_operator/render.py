@@ -13,7 +13,8 @@ from btx_api.stage import Progress
 
 PLAIN_SECONDS = 15.0
 """Between two plain lines of a stage whose state does not change."""
-RUNNING = "running"
+RUNNING, PENDING = "Running", "Pending"
+"""States (status.State) that are shown in their own way: work goes on; nothing to tell yet."""
 HEADER = ("stage", "state", "step", "loss", "tokens", "tokens/s", "eta", "")
 UP, CLEAR_BELOW = "\x1b[{}A", "\x1b[J"
 
@@ -33,7 +34,7 @@ class Line:
     run: str
     stage: str
     state: str
-    """waiting, running, complete, ...: the first word of what `btx status` says."""
+    """A word of status.State."""
     progress: Progress | None = None
     note: str = ""
     """Why it is in this state, in words."""
@@ -104,11 +105,11 @@ def drawing(lines: Sequence[Line], width: int, height: int) -> list[str]:
     runs = dict.fromkeys(line.run for line in lines)
     if len(lines) + 2 * len(runs) > height:
         lines = [line for line in lines if line.state == RUNNING]
-    rows = table(HEADER, [cells(line) for line in lines])
-    drawn = rows[:1]
+    header, *rows = table(HEADER, [cells(line) for line in lines])
+    drawn = [f"  {header}"]
     for run in runs:
         drawn.append(run)
-        drawn += [row for row, line in zip(rows[1:], lines, strict=True) if line.run == run]
+        drawn += [f"  {row}" for row, line in zip(rows, lines, strict=True) if line.run == run]
     return [row[: width - 1] for row in drawn[: height - 1]]
 
 
@@ -152,7 +153,7 @@ class Screen:
     def _is_news(self, line: Line) -> bool:
         """A stage's first line, a change of its state, or work worth a line by now."""
         key, state, now = (line.run, line.stage), f"{line.state} {line.note}", self.clock()
-        before, when = self.told.get(key, ("", now))
+        before, when = self.told.get(key, (f"{PENDING} ", now))
         working = line.state == RUNNING and line.progress is not None
         if state == before and not (working and now - when >= PLAIN_SECONDS):
             return False

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from btx_operator.manifest import ManifestError, parse, parse_yaml, read
+from btx_operator.errors import ManifestError
+from btx_operator.manifest import parse, parse_yaml, read
 
 NUMBERS = json.loads((Path(__file__).parents[1] / "contract" / "number_table.json").read_text())
 TINY = """\

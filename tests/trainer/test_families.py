@@ -1,8 +1,10 @@
 """The family table against stock transformers, refusals, the order of a plan, counts."""
 
 import dataclasses
+import json
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 from btx_trainer.families import (
@@ -68,41 +70,41 @@ def test_table_knows_every_field_of_the_stock_class(model_type):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_nothing_is_left_to_the_targets_default(model_type):
     """Every field of the stock target config is written out."""
-    config = mixed({"model_type": model_type})
+    config = mixed({"model_type": model_type, "rope_theta": 12345.0})
 
     assert own_fields(MixtralConfig).keys() <= config.keys()
     assert config["architectures"] == ["MixtralForCausalLM"]
     assert config["model_type"] == "mixtral"
     assert config["dtype"] == "bfloat16"
     assert (config["num_local_experts"], config["num_experts_per_tok"]) == (3, 2)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 12345.0
     assert (config["output_router_logits"], config["router_jitter_noise"]) == (False, 0.0)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"model_type": "llama"},
-        {"model_type": "mistral"},
-        {"model_type": "mistral", "sliding_window": None},
-        {**TINY, "rope_theta": 12345},
-        {**TINY, "num_key_value_heads": None},
-        {**TINY, "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0}},
-        {**TINY, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-        {**TINY, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
-        {**TINY, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-        {**TINY, "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3,
-                                     "original_max_position_embeddings": 512}},
-        {**TINY, "rope_theta": 5e5, "rope_scaling": None},
-        {**TINY, "rope_theta": 7.0, "rope_parameters": {"rope_theta": 5e5}},
-        {**TINY, "head_dim": 16, "rms_norm_eps": 3e-6, "tie_word_embeddings": True},
-        {**TINY, "pad_token_id": 3, "bos_token_id": None, "eos_token_id": [2, 5]},
-        {**TINY, "attention_dropout": 0.1, "initializer_range": 0.3, "torch_dtype": "bfloat16"},
-    ],
-    ids=str,
-)  # fmt: skip
+CONFIGS = [
+    {"model_type": "llama"},
+    {"model_type": "mistral"},
+    {"model_type": "mistral", "sliding_window": None},
+    {**TINY, "rope_theta": 12345},
+    {**TINY, "num_key_value_heads": None},
+    {**TINY, "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0}},
+    {**TINY, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    {**TINY, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {**TINY, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    {**TINY, "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3,
+                                 "original_max_position_embeddings": 512}},
+    {**TINY, "rope_theta": 5e5, "rope_scaling": None},
+    {**TINY, "rope_theta": 7.0, "rope_parameters": {"rope_theta": 5e5}},
+    {**TINY, "head_dim": 16, "rms_norm_eps": 3e-6, "tie_word_embeddings": True},
+    {**TINY, "pad_token_id": 3, "bos_token_id": None, "eos_token_id": [2, 5]},
+    {**TINY, "attention_dropout": 0.1, "initializer_range": 0.3, "torch_dtype": "bfloat16"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_stock_target_reads_what_the_stock_dense_model_reads(config):
     """Values of the stock dense config, given or defaulted, are those of the stock target."""
-    dense = STOCK[config["model_type"]](**config)
+    dense = STOCK[config["model_type"]](**deepcopy(config))  # stock fills the rope dict in place
     dense.rope_parameters.pop("type", None)  # the old name, kept by stock beside the new one
     target = MixtralConfig(**mixed(config))
 
@@ -111,6 +113,15 @@ def test_stock_target_reads_what_the_stock_dense_model_reads(config):
     for name in shared:
         assert getattr(target, name) == getattr(dense, name), name
     assert target.sliding_window == getattr(dense, "sliding_window", None)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_config_saved_again_by_stock_is_no_difference(config):
+    """A member trained from the seed has the config that stock wrote: known, and the same."""
+    stock = STOCK[config["model_type"]](**deepcopy(config))
+    saved = json.loads(stock.to_json_string())
+
+    check_member(read_config(config, "seed"), read_config(saved, "member"), "member")
 
 
 @pytest.mark.parametrize(

@@ -46,5 +46,5 @@ def set_up(scheduling: Scheduling, precision: Precision) -> Compute:
         torch.set_num_threads(scheduling.threads)
     torch.use_deterministic_algorithms(device.type == "cpu")
     # Meant for finding reads of fresh memory; it writes every new tensor twice.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set on the module's class
     return Compute(device=device, precision=precision)

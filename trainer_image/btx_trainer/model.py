@@ -5,6 +5,7 @@ by the loop, and by the demo's seed helper.
 """
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,15 +30,22 @@ ExpertsImplementation = Literal["grouped_mm", "eager"]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    # Its load report is a table on stderr; ours is one line naming the keys.
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.CRITICAL)
+def _load_report() -> Iterator[list[str]]:
+    # A table for stderr that ours, one line naming the tensors, replaces; but also the only place
+    # where transformers names a tensor that it could not put together.
+    report: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        report.append(record.getMessage())
+        return False
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        yield report
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        logger.removeFilter(keep)
 
 
 def load_model(
@@ -50,12 +58,11 @@ def load_model(
 
     Raises ConfigurationError naming missing, unexpected or misshapen tensors, or the bad file.
     """
-    with _quiet():
+    with _load_report() as report:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                experts_implementation=experts_implementation,
                 attn_implementation=attn_implementation,
                 local_files_only=True,
                 use_safetensors=True,
@@ -64,6 +71,8 @@ def load_model(
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             line = " ".join(str(error).split())
+            if unfit := re.findall(r"^(\S+) +\| CONVERSION", "\n".join(report), re.MULTILINE):
+                line = f"tensors that do not fit together: {', '.join(unfit)}"
             raise ConfigurationError(str(folder), f"cannot be loaded: {line}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
@@ -74,6 +83,8 @@ def load_model(
     for parameter in model.parameters():
         # Out of the memory-mapped file: its alignment changes the bits that grouped_mm gives.
         parameter.data = parameter.data.clone()
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        model.set_experts_implementation(experts_implementation)
     return model
 
 
@@ -95,8 +106,8 @@ def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> list
         name: tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
     }
-    with _quiet():
-        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
     # It took the dtype of the master weights, and readers of a config believe it.
     stated = model.config.dtype
     model.config.dtype = dtype

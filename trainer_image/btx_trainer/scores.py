@@ -6,9 +6,9 @@ and figures.py read it. Labels come from the recipe only, so a run's name change
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from btx_api.spec import Method, Model, Real
 from btx_api.stage import EvaluatedModel, EvaluateRecipe
@@ -30,11 +30,12 @@ class Sums:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slots:
-    """How one model routed: assignments of tokens to experts."""
+    """How one model routed."""
 
     k: int
-    counts: Mapping[str, Sequence[Sequence[int]]]
-    """By domain: [layers][experts]."""
+    unit: Literal["slots", "weight"]
+    counts: Mapping[str, Sequence[Sequence[float]]]
+    """By domain: [layers][experts], what each expert got of the unit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +64,7 @@ class Score(Model):
     """loss minus the seed's: below 0 the model gained on the domain, above 0 it forgot."""
     gap_closed: Real | None = None
     """(seed - model) / (seed - expert of this domain): 0 like the seed, 1 like the expert. None
-    where no expert has this domain, or its expert is not better than the seed."""
+    where no expert has this domain, or its expert is no better than the seed by 0.0005."""
 
 
 class Row(Model):
@@ -91,6 +92,10 @@ class Row(Model):
         """Name in tables and sentences."""
         return f"{self.label} expert" if self.role == "expert" else self.role
 
+    def mean(self, domains: Iterable[str]) -> float:
+        """Mean loss over some domains."""
+        return _mean([self.scores[name].loss for name in domains])
+
 
 class Domain(Model):
     """One column of the table."""
@@ -107,7 +112,7 @@ class Domain(Model):
 
 
 class LayerLoad(Model):
-    """How one layer's slots are spread, mean over the domains, each weighing the same."""
+    """How one layer's load is spread, mean over the domains, each weighing the same."""
 
     shares: tuple[Real, ...]
     """By expert."""
@@ -120,7 +125,7 @@ class LayerLoad(Model):
 
 
 class RoutingTable(Model):
-    """Where the tokens of one model went: shares of slots (a token has k), by its own router."""
+    """Where the tokens of one model went, by its own routers; only tokens that predict count."""
 
     role: str
     """mixed or final."""
@@ -128,6 +133,9 @@ class RoutingTable(Model):
     """Routing method (TopK, Soft)."""
     k: int
     """Experts per token."""
+    unit: Literal["slots", "weight"]
+    """What the shares are of: slots (a token has k); where every token goes to every expert, and
+    slots would say nothing, the gate's weight."""
     experts: tuple[str, ...]
     """Names in the order of the expert index; the seed, if mixed in, is the last."""
     domains: dict[str, tuple[tuple[Real, ...], ...]]
@@ -207,6 +215,18 @@ class Report(Model):
         return "{" + ",\n ".join(fields) + "}\n"
 
 
+def common_domains(reports: Sequence[Report]) -> list[str]:
+    """Domains that every report measured on the same held-out text in the same way."""
+    measured = [
+        {
+            d.name: (d.origin, d.tokens, d.bytes, report.sequence_length, report.precision)
+            for d in report.domains
+        }
+        for report in reports
+    ]
+    return [name for name, key in measured[0].items() if all(m.get(name) == key for m in measured)]
+
+
 def tabulate(
     recipe: EvaluateRecipe,
     measured: Sequence[Measured],
@@ -256,7 +276,7 @@ def tabulate(
         curves=tuple(
             curve(model.label, model.role, kept[model.input])
             for model in recipe.models
-            if model.input in kept
+            if kept.get(model.input)
         ),
         deviations=tuple(deviations),
     )
@@ -282,10 +302,11 @@ def _row(
         gap = before - oracle.get(name, before)
         scores[name] = Score(
             loss=loss,
-            perplexity=round(math.exp(loss), DIGITS),
+            # Of a model that diverged the perplexity would not be a number.
+            perplexity=round(math.exp(min(loss, 700.0)), DIGITS),
             bits_per_byte=round(sums.loss / math.log(2) / sums.bytes, DIGITS),
             versus_seed=round(loss - before, DIGITS),
-            gap_closed=round((before - loss) / gap, DIGITS) if gap > 0 else None,
+            gap_closed=round((before - loss) / gap, DIGITS) if gap >= 0.0005 else None,
         )
     return Row(
         label=model.label, role=model.role, origin=origin,
@@ -318,7 +339,7 @@ def _routing(role: str, method: str, slots: Slots, members: Sequence[str]) -> Ro
     experts = len(loads[0].shares)
     names = (*members, "seed") if experts == len(members) + 1 else tuple(members)
     return RoutingTable(
-        role=role, method=method, k=slots.k,
+        role=role, method=method, k=slots.k, unit=slots.unit,
         experts=names if len(names) == experts else tuple(str(i) for i in range(experts)),
         domains={n: tuple(_rounded(layer) for layer in table) for n, table in domains.items()},
         layers=tuple(loads),
@@ -330,7 +351,7 @@ def _rounded(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def curve(label: str, role: str, history: str) -> Curve:
-    """The loss curve of a history.jsonl: neighbouring steps are averaged when there are too many."""
+    """Of a history.jsonl; where there are too many steps, neighbours are averaged."""
     lines: list[dict[str, Any]] = [json.loads(line) for line in history.splitlines() if line]
     width = -(-len(lines) // CURVE_POINTS) or 1
     groups = [lines[start : start + width] for start in range(0, len(lines), width)]

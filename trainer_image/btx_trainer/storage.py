@@ -1,36 +1,24 @@
-"""The only code that touches storage: one prefix of files or of an S3 bucket, behind one interface.
+"""Storage behind one interface: a prefix of files (here) or of an S3 bucket (s3.py).
 
 A write is whole or absent, and durable when it returns. Failures are OSError with one line that
-names the object, whatever the client library raised. Called by artifacts.py, checkpoint.py,
-fingerprint.py, sources.py and errands.py.
+names the object. Called by artifacts.py, checkpoint.py, fingerprint.py, sources.py and errands.py.
 """
 
-import errno
 import fcntl
 import hashlib
-import io
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
+from typing import BinaryIO, Self
 
 import google_crc32c
 from btx_api.spec import Storage
 
-if TYPE_CHECKING:
-    from mypy_boto3_s3.client import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
-
 Bytes = bytes | bytearray | memoryview
-PART_BYTES = 32 * 2**20
-"""Of a multipart upload; 10,000 parts at the most, so objects up to 320 GB."""
-UPLOADS_AHEAD = 4
 READ_BYTES = 8 * 2**20
 MODEL_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
@@ -142,9 +130,7 @@ class Store(ABC):
         """Objects whose key starts with `prefix` (any string), sorted by key."""
 
     @abstractmethod
-    def put(
-        self, key: str, data: bytes, *, if_none_match: bool = False, if_match: str = ""
-    ) -> str:
+    def put(self, key: str, data: bytes, *, if_none_match: bool = False, if_match: str = "") -> str:
         """Writes a small object and returns its tag (see `get`).
 
         Raises Conflict if `if_none_match` and there is one, or `if_match` and it has another tag.
@@ -170,10 +156,7 @@ class Store(ABC):
 def open_store(storage: Storage) -> Store:
     """The run's storage."""
     scheme, _, rest = storage.uri.partition("://")
-    if scheme == "file":
-        return FileStore(Path(rest))
-    bucket, _, prefix = rest.partition("/")
-    return S3Store(bucket, prefix, storage)
+    return FileStore(Path(rest)) if scheme == "file" else _s3(*_bucket(rest), storage)
 
 
 def open_outside(uri: str, storage: Storage) -> tuple[Store, str]:
@@ -184,10 +167,21 @@ def open_outside(uri: str, storage: Storage) -> tuple[Store, str]:
     """
     scheme, _, rest = uri.partition("://")
     if scheme == "s3":
-        bucket, _, key = rest.partition("/")
-        return S3Store(bucket, "", storage), key
+        bucket, key = _bucket(rest)
+        return _s3(bucket, "", storage), key
     path = _snapshot(rest) if scheme == "hf" else os.path.abspath(rest)
     return FileStore(Path("/")), path.lstrip("/") + "/" * rest.endswith("/")
+
+
+def _bucket(rest: str) -> tuple[str, str]:
+    bucket, _, key = rest.partition("/")
+    return bucket, key
+
+
+def _s3(bucket: str, prefix: str, storage: Storage) -> Store:
+    from btx_trainer.s3 import S3Store  # noqa: PLC0415 - boto3 is slow, file:// needs none of it
+
+    return S3Store(bucket, prefix, storage)
 
 
 def _snapshot(name: str) -> str:
@@ -201,9 +195,6 @@ def _snapshot(name: str) -> str:
     except (OSError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise OSError(f"hf://{name}: {lines[0] if lines else type(error).__name__}") from error
-
-
-# Files.
 
 
 def _tag(data: bytes) -> str:
@@ -262,9 +253,7 @@ class FileStore(Store):
             with suppress(FileNotFoundError):
                 yield self._head(path)
 
-    def put(
-        self, key: str, data: bytes, *, if_none_match: bool = False, if_match: str = ""
-    ) -> str:
+    def put(self, key: str, data: bytes, *, if_none_match: bool = False, if_match: str = "") -> str:
         sink = _FileSink(self.root / key)
         try:
             sink.write(data)
@@ -355,210 +344,3 @@ class _FileSink(Sink):
     def abort(self) -> None:
         self._file.close()
         self._partial.unlink(missing_ok=True)
-
-
-# S3.
-
-
-class S3Store(Store):
-    """A prefix of a bucket. Credentials come from the client's chain: environment, files, node."""
-
-    def __init__(self, bucket: str, prefix: str, storage: Storage) -> None:
-        import boto3  # noqa: PLC0415 - slow, and file:// needs none of it
-        from botocore.config import Config  # noqa: PLC0415 - as above
-
-        self._bucket = bucket
-        self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
-        self._client: S3Client = boto3.session.Session().client(
-            "s3",
-            endpoint_url=storage.endpoint,
-            region_name=storage.region,
-            verify=storage.ca_bundle,
-            config=Config(
-                s3={"addressing_style": "path" if storage.path_style else "auto"},
-                retries={"mode": "standard", "max_attempts": 6},
-                # Many servers refuse trailing checksums; ours are in the manifests.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-                max_pool_connections=32,
-            ),
-        )
-
-    def uri(self, key: str) -> str:
-        return f"s3://{self._bucket}/{self._prefix}{key}"
-
-    def _at(self, key: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._prefix + key}
-
-    @contextmanager
-    def translated(self, key: str) -> Iterator[None]:
-        """The client's errors as OSError; 409 and 412 as Conflict."""
-        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - slow
-
-        try:
-            yield
-        except ClientError as error:
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            code = error.response.get("Error", {}).get("Code", "")
-            if status in (409, 412):
-                raise Conflict(f"{self.uri(key)}: {code}") from error
-            if status == 404:
-                raise FileNotFoundError(errno.ENOENT, code or "absent", self.uri(key)) from error
-            if status in (401, 403):
-                raise PermissionError(errno.EACCES, code or "denied", self.uri(key)) from error
-            raise OSError(f"{self.uri(key)}: {code} ({status})") from error
-        except BotoCoreError as error:
-            raise OSError(f"{self.uri(key)}: {error}") from error
-
-    def head(self, key: str) -> Head | None:
-        try:
-            with self.translated(key):
-                found = self._client.head_object(**self._at(key))
-        except FileNotFoundError:
-            return None
-        return Head(
-            key=key, size=found["ContentLength"], modified=found["LastModified"].timestamp(),
-            tag=found["ETag"].strip('"'),
-        )  # fmt: skip
-
-    def get(self, key: str) -> tuple[bytes, str]:
-        with self.translated(key):
-            found = self._client.get_object(**self._at(key))
-            return found["Body"].read(), found["ETag"].strip('"')
-
-    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        return self.read_part(key, start, length, "")
-
-    def read_part(self, key: str, start: int, length: int | None, tag: str) -> bytes:
-        """Like `read`; Conflict if the object has not this tag any more (empty: any)."""
-        if length == 0:
-            return b""
-        wanted: dict[str, Any] = dict(self._at(key))
-        if start or length is not None:
-            end = "" if length is None else start + length - 1
-            wanted["Range"] = f"bytes={start}-{end}"
-        if tag:
-            wanted["IfMatch"] = f'"{tag}"'
-        with self.translated(key):
-            return self._client.get_object(**wanted)["Body"].read()
-
-    def open(self, key: str) -> BinaryIO:
-        head = self.head(key)
-        if head is None:
-            raise FileNotFoundError(errno.ENOENT, "no such object", self.uri(key))
-        return cast(BinaryIO, io.BufferedReader(_Remote(self, head), READ_BYTES))
-
-    def list(self, prefix: str) -> Iterator[Head]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + prefix
-        )
-        with self.translated(prefix):
-            for page in pages:
-                for item in page.get("Contents", []):
-                    yield Head(
-                        key=item["Key"].removeprefix(self._prefix), size=item["Size"],
-                        modified=item["LastModified"].timestamp(), tag=item["ETag"].strip('"'),
-                    )  # fmt: skip
-
-    def put(
-        self, key: str, data: bytes, *, if_none_match: bool = False, if_match: str = ""
-    ) -> str:
-        extra: dict[str, Any] = {"IfNoneMatch": "*"} if if_none_match else {}
-        if if_match:
-            extra["IfMatch"] = f'"{if_match}"'
-        try:
-            with self.translated(key):
-                done = self._client.put_object(**self._at(key), Body=data, **extra)
-        except FileNotFoundError as error:
-            if if_match:
-                raise Conflict(f"{self.uri(key)}: is gone") from error
-            raise
-        return done["ETag"].strip('"')
-
-    def sink(self, key: str) -> Sink:
-        return _S3Sink(self, self._client, key, self._at(key))
-
-    def delete(self, key: str) -> None:
-        with self.translated(key):
-            self._client.delete_object(**self._at(key))
-
-
-class _Remote(io.RawIOBase):
-    """Reads of one version of an object; another version ends in Conflict."""
-
-    def __init__(self, store: S3Store, head: Head) -> None:
-        self._store, self._head, self._position = store, head, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._head.size)[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        length = max(0, min(len(buffer), self._head.size - self._position))
-        data = self._store.read_part(self._head.key, self._position, length, self._head.tag)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-class _S3Sink(Sink):
-    def __init__(self, store: S3Store, client: "S3Client", key: str, at: dict[str, str]) -> None:
-        super().__init__()
-        self._store, self._client, self._key, self._at = store, client, key, at
-        self._buffer, self._upload = bytearray(), ""
-        self._parts: list[CompletedPartTypeDef] = []
-        self._pending: deque[Future[CompletedPartTypeDef]] = deque()
-        self._pool = ThreadPoolExecutor(UPLOADS_AHEAD)
-
-    def _append(self, view: memoryview) -> None:
-        while len(view):
-            room = PART_BYTES - len(self._buffer)
-            self._buffer += view[:room]
-            view = view[room:]
-            if len(self._buffer) == PART_BYTES:
-                self._send()
-
-    def _send(self) -> None:
-        with self._store.translated(self._key):
-            if not self._upload:
-                self._upload = self._client.create_multipart_upload(**self._at)["UploadId"]
-            if len(self._pending) == UPLOADS_AHEAD:
-                self._parts.append(self._pending.popleft().result())
-        number = len(self._parts) + len(self._pending) + 1
-        self._pending.append(self._pool.submit(self._send_part, number, bytes(self._buffer)))
-        self._buffer.clear()
-
-    def _send_part(self, number: int, data: bytes) -> "CompletedPartTypeDef":
-        with self._store.translated(self._key):
-            part = self._client.upload_part(
-                **self._at, UploadId=self._upload, PartNumber=number, Body=data
-            )
-        return {"PartNumber": number, "ETag": part["ETag"]}
-
-    def _finish(self) -> None:
-        with self._store.translated(self._key):
-            if not self._upload:
-                self._client.put_object(**self._at, Body=bytes(self._buffer))
-            else:
-                if self._buffer:
-                    self._send()
-                self._parts += [future.result() for future in self._pending]
-                self._client.complete_multipart_upload(
-                    **self._at, UploadId=self._upload, MultipartUpload={"Parts": self._parts}
-                )
-        self._pool.shutdown()
-
-    def abort(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        if self._upload and not self.closed:
-            with self._store.translated(self._key):
-                self._client.abort_multipart_upload(**self._at, UploadId=self._upload)

@@ -80,7 +80,7 @@ class Sink(Protocol):
 class Writer(Protocol):
     """The folder that the target is written to, in any storage."""
 
-    def create(self, name: str) -> AbstractContextManager[Sink]:
+    def sink(self, name: str) -> AbstractContextManager[Sink]:
         """A new file, complete when the context ends without an exception."""
 
 
@@ -105,7 +105,7 @@ class LocalFolder:
         return done
 
     @contextmanager
-    def create(self, name: str) -> Iterator[Sink]:
+    def sink(self, name: str) -> Iterator[Sink]:
         """See Writer; the file gets its name when it is complete."""
         self.path.mkdir(parents=True, exist_ok=True)
         partial = self.path / f"{name}.partial"
@@ -174,7 +174,7 @@ def write_plan(
     reads = (read for shard in shards for tensor in shard for read in _reads(tensor, models))
     with _read_ahead(reads) as pieces:
         for name, shard in zip(names, shards, strict=True):
-            with writer.create(name) as sink:
+            with writer.sink(name) as sink:
                 sink.write(memoryview(_header(shard)))
                 for tensor in shard:
                     for data in _data(tensor, models, pieces):
@@ -185,7 +185,7 @@ def write_plan(
         "metadata": {"total_size": sum(_nbytes(tensor.spec) for tensor in plan)},
         "weight_map": {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard},
     }
-    with writer.create(INDEX) as sink:
+    with writer.sink(INDEX) as sink:
         sink.write(memoryview(json.dumps(index, indent=2, sort_keys=True).encode()))
     return (*names, INDEX)
 

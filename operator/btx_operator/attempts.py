@@ -1,0 +1,214 @@
+"""One stage: what became of its latest attempt, and whether another is due; pure.
+
+decide.py calls `record` with what it sees and `step` to learn what the stage may do next.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from btx_api.spec import Policy
+from btx_api.stage import Exit, Kind, Result
+from btx_api.status import ACTIVE, Invalid, Row, State, brief
+
+from btx_operator.observed import Attempt, Phase
+
+BACKOFF_LIMIT = 600
+"""Seconds; the longest wait between two attempts."""
+REPAIRS = 2
+"""Times that a corrupt artifact is made again; the next time its stage fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do until a new fact, or until a time."""
+
+    until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Attempt `number` may begin; `again`: it was decided before, and was never seen."""
+
+    number: int
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The artifact is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Given up."""
+
+
+Step = Wait | Begin | Done | Failed
+
+
+def change(row: Row, **fields: Any) -> Row:
+    """`row` with some fields replaced."""
+    return row.model_copy(update=fields)
+
+
+def step(row: Row, now: float) -> Step:
+    """What the stage may do next, its inputs and its turn aside."""
+    match row.state:
+        case State.COMPLETE:
+            return Done()
+        case State.FAILED | State.LATE:
+            return Failed()
+        case State.STARTING if not row.handle:
+            return Begin(row.attempt, again=True)
+        case State.BACK_OFF if row.retry_time is not None and now < row.retry_time:
+            return Wait(row.retry_time)
+        case State.PENDING | State.WAITING | State.BACK_OFF:
+            return Begin(row.attempt + 1)
+        case _:
+            return Wait()
+
+
+def record(row: Row, attempt: Attempt | None, policy: Policy, now: float) -> Row:
+    """The row after looking at its latest attempt; `attempt=None`: there is no such object."""
+    if row.state not in (*ACTIVE, State.STOPPING):
+        return row
+    if attempt is not None and attempt.phase is not Phase.ENDED:
+        return _live(row, attempt, policy, now)
+    if attempt is not None and attempt.exit is not None:
+        return _ended(row, attempt, attempt.exit, policy, now)
+    if row.state is State.STOPPING:
+        return _over(row, State.PENDING)
+    if attempt is None and not row.handle:
+        return row
+    return _lost(row, "vanished without a result", policy, now)
+
+
+def begin(row: Row) -> Row:
+    """The intent: written before the attempt is created."""
+    return change(
+        row, state=State.STARTING, attempt=row.attempt + 1, retry_time=None, waits_for=""
+    )
+
+
+def stop(row: Row) -> Row:
+    """Ask an active attempt to end; what it does from now on is not counted."""
+    return change(row, state=State.STOPPING) if row.state in ACTIVE else row
+
+
+def complete(row: Row, *, gain: float | None = None, token: str = "") -> Row:
+    """The artifact is committed. Rows of prepare keep four fields, for the sake of size."""
+    if row.name.startswith(Kind.PREPARE):
+        return Row(
+            name=row.name, digest=row.digest, state=State.COMPLETE, attempt=row.attempt,
+            invalid=row.invalid,
+        )  # fmt: skip
+    return change(
+        _over(row, State.COMPLETE), exit=None, retry_time=None, check=False, message="",
+        waits_for="", gain=None if gain is None else round(gain, 4), token=token,
+    )  # fmt: skip
+
+
+def fail(row: Row, message: str, policy: Policy, now: float) -> Row:
+    """One more failure: another attempt after a back-off, or given up."""
+    failures = row.failures + 1
+    ended = change(_over(row, State.FAILED), failures=failures, message=brief(message))
+    if failures > policy.max_retries:
+        return ended
+    return change(ended, state=State.BACK_OFF, retry_time=_after(failures, policy, now))
+
+
+def forgive(row: Row) -> Row:
+    """As if nothing had failed; what was found corrupt is still to be replaced."""
+    invalid = None if row.invalid is None else Invalid(tag=row.invalid.tag, count=0)
+    fresh = change(row, failures=0, lost=0, exit=None, message="", retry_time=None, invalid=invalid)
+    if row.state in (State.FAILED, State.BACK_OFF):
+        return change(fresh, state=State.PENDING, active_seconds=0)
+    return fresh
+
+
+def corrupted(row: Row, tag: str) -> Row:
+    """A reader found the artifact corrupt in the copy whose manifest is `tag`."""
+    count = row.invalid.count if row.invalid else 0
+    if row.state is not State.COMPLETE or (row.invalid and row.invalid.tag == tag and count):
+        # Being made again, or made again since the reader began.
+        return row
+    if count == REPAIRS:
+        return change(row, state=State.FAILED, message=f"corrupt again after {REPAIRS} repairs")
+    return change(
+        row, state=State.PENDING, invalid=Invalid(tag=tag, count=count + 1), gain=None, token=""
+    )
+
+
+def due(row: Row, attempt: Attempt, policy: Policy) -> tuple[float, str] | None:
+    """When the live attempt's deadline passes, and its name."""
+    if attempt.since is None or row.state not in ACTIVE:
+        return None
+    if attempt.phase is Phase.RUNNING and policy.active_deadline_seconds:
+        left = policy.active_deadline_seconds - row.active_seconds
+        return attempt.since + left, "activeDeadlineSeconds"
+    if attempt.phase is Phase.PENDING and policy.pending_deadline_seconds:
+        return attempt.since + policy.pending_deadline_seconds, "pendingDeadlineSeconds"
+    return None
+
+
+def _live(row: Row, attempt: Attempt, policy: Policy, now: float) -> Row:
+    deadline = due(row, attempt, policy)
+    if deadline and now >= deadline[0]:
+        return change(_over(row, State.FAILED), message=f"policy.{deadline[1]} passed")
+    state = {Phase.RUNNING: State.RUNNING, Phase.QUEUED: State.QUEUED}.get(attempt.phase)
+    running = attempt.phase is Phase.RUNNING and attempt.since is not None
+    return change(
+        row,
+        handle=attempt.handle,
+        state=row.state if row.state is State.STOPPING else state or State.STARTING,
+        start_time=int(attempt.since or 0) if running else None,
+    )
+
+
+def _ended(row: Row, attempt: Attempt, code: int, policy: Policy, now: float) -> Row:
+    result, stopped = attempt.result or Result(), row.state is State.STOPPING
+    row = change(row, active_seconds=row.active_seconds + round(attempt.seconds))
+    message = _words(code, result)
+    match code:
+        case Exit.OK if attempt.result is not None:
+            row = complete(row, gain=result.metrics.get("gain"), token=result.token)
+        case Exit.OK:
+            row = change(_over(row, State.PENDING), check=True, message="its Result was lost")
+        case _ if stopped:
+            row = _over(row, State.PENDING)
+        case Exit.PREEMPTED:
+            row = change(_over(row, State.PENDING), preemptions=row.preemptions + 1)
+        case Exit.MISSING:
+            row = _lost(change(row, check=False), message, policy, now)
+        case Exit.CONFIGURATION:
+            row = change(_over(row, State.FAILED), failures=row.failures + 1, message=message)
+        case Exit.CORRUPT if result.corrupt:
+            # decide.py has the producer make its artifact again first.
+            row = change(_over(row, State.PENDING), message=message)
+        case _:
+            row = fail(row, message, policy, now)
+    return row if row.state in (State.PENDING, State.COMPLETE) else change(row, exit=code)
+
+
+def _words(code: int, result: Result) -> str:
+    problem = result.problem
+    said = "" if problem is None else f": {problem.field}: {problem.message}"
+    return brief(f"exit {code}" + said.replace(": : ", ": "))
+
+
+def _lost(row: Row, message: str, policy: Policy, now: float) -> Row:
+    # The first time at once: the usual cause is that the engine itself was killed.
+    time = _after(row.lost, policy, now) if row.lost else math.ceil(now)
+    return change(
+        _over(row, State.BACK_OFF), lost=row.lost + 1, message=message, retry_time=time
+    )
+
+
+def _over(row: Row, state: State) -> Row:
+    return change(row, state=state, handle="", start_time=None)
+
+
+def _after(times: int, policy: Policy, now: float) -> int:
+    wait: int = min(policy.backoff_seconds * 2 ** min(times - 1, 20), BACKOFF_LIMIT)
+    return math.ceil(now + wait)

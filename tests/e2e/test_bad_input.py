@@ -1,0 +1,170 @@
+"""Bad input against the real trainer: one line that names the field or object, nothing left behind."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The demo's inputs, made once."""
+    return Workspace.with_inputs(tmp_path_factory.mktemp("inputs") / "w")
+
+
+def edit_config(model: Path, **changes: object) -> None:
+    """Changes fields of a model's config.json."""
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def ready(workspace: Workspace) -> Path:
+    """Makes expert math a ready copy of the seed; returns its folder."""
+    folder = workspace.folder / "build/demo/ready"
+    shutil.copytree(workspace.folder / "build/demo/init", folder)
+    workspace.manifest(
+        experts__2={"name": "math", "model": "file://build/demo/ready"},
+        finetune__data=[{"tokens": 2048, "domains": {"code": 1}}],
+        evaluate__domains=[{"name": "code"}],
+    )
+    return folder
+
+
+def no_such_data(w: Workspace) -> None:
+    w.manifest(experts__0__data=[{"uri": "file://build/demo/data/none/*.py"}])
+
+
+def no_such_seed(w: Workspace) -> None:
+    w.manifest(seed__uri="file://build/demo/nothing")
+
+
+def storage_below_a_file(w: Workspace) -> None:
+    w.manifest(storage__uri="file://build/demo/data/general.jsonl/storage")
+
+
+def unsupported_architecture(w: Workspace) -> None:
+    w.manifest()
+    edit_config(w.folder / "build/demo/init", model_type="gemma2")
+
+
+def unknown_config_field(w: Workspace) -> None:
+    w.manifest()
+    edit_config(w.folder / "build/demo/init", novel_scaling=2.0)
+
+
+def truncated_seed(w: Workspace) -> None:
+    w.manifest()
+    path = w.folder / "build/demo/init/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def no_tokenizer(w: Workspace) -> None:
+    w.manifest(prepare__tokenizer="file://build/demo/nothing")
+
+
+def ready_of_another_width(w: Workspace) -> None:
+    edit_config(ready(w), intermediate_size=353)
+
+
+def ready_of_another_rope(w: Workspace) -> None:
+    edit_config(ready(w), rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+
+
+def ready_with_another_tokenizer(w: Workspace) -> None:
+    path = ready(w) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = list(vocabulary)[:2]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    path.write_text(json.dumps(tokenizer))
+
+
+ROWS: list[tuple[Callable[[Workspace], None], tuple[str, ...]]] = [
+    (no_such_data, ("experts[0].data[0].uri", "none/*.py")),
+    (no_such_seed, ("seed.uri", "build/demo/nothing")),
+    (storage_below_a_file, ("storage.uri", "general.jsonl")),
+    (unsupported_architecture, ("seed", "model_type", "gemma2")),
+    (unknown_config_field, ("seed", "novel_scaling")),
+    (truncated_seed, ("seed", "model.safetensors")),
+    (no_tokenizer, ("prepare.tokenizer", "build/demo/nothing")),
+    (ready_of_another_width, ("experts[2].model", "intermediate_size", "353", "352")),
+    (ready_of_another_rope, ("experts[2].model", "rope", "500000", "10000")),
+    (ready_with_another_tokenizer, ("experts[2].model", "tokenizer")),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), ROWS, ids=[row[0].__name__ for row in ROWS])
+def test_preflight_refuses_it_before_anything_runs(
+    inputs: Workspace,
+    tmp_path: Path,
+    spoil: Callable[[Workspace], None],
+    words: tuple[str, ...],
+) -> None:
+    """Exit 78, the field and what is wrong in one line, no stage started, no traceback."""
+    workspace = inputs.copy(tmp_path / "w")
+    spoil(workspace)
+
+    printed = workspace.btx("run", "tiny.yaml", code=78)
+
+    lines = [line for line in printed.splitlines() if all(word in line for word in words)]
+    assert lines, printed
+    assert "Traceback" not in printed
+    assert set(workspace.attempts().values()) <= {0}
+    stages = workspace.folder / "build/demo/storage/stages"
+    assert not list(stages.rglob("manifest.json"))
+
+
+def test_a_source_without_a_usable_record_fails_its_stage_naming_it(
+    inputs: Workspace, tmp_path: Path
+) -> None:
+    """Configuration: no retry, the source's URI in the message."""
+    workspace = inputs.copy(tmp_path / "w")
+    (workspace.folder / "empty.jsonl").write_text('{"text": ""}\nnot json\n{"other": "x"}\n')
+    manifest = workspace.manifest(experts__2__data=[{"uri": "file://empty.jsonl"}])
+
+    printed = workspace.btx("run", manifest, code=78)
+
+    assert "empty.jsonl" in printed
+    assert "Traceback" not in printed
+    assert workspace.attempts()["prepare-math"] == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_that_is_accepted(
+    inputs: Workspace, tmp_path: Path
+) -> None:
+    """On a real file system of 1 MiB: the run fails; with room it succeeds."""
+    workspace = inputs.copy(tmp_path / "w")
+    small = workspace.folder / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    subprocess.run(mount, check=True)
+    try:
+        manifest = workspace.manifest(storage__uri="file://small", policy__maxRetries=0)
+        printed = workspace.btx("run", manifest, code=1)
+        manifests = list(small.rglob("manifest.json"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+    assert "No space left" in printed
+    for manifest_file in manifests:
+        committed = json.loads(manifest_file.read_text())
+        assert committed["files"]
+    workspace.btx("run", manifest)
+
+
+def test_a_broken_manifest_is_refused_in_one_line_each(inputs: Workspace, tmp_path: Path) -> None:
+    """Every problem names its field; exit code 2."""
+    workspace = inputs.copy(tmp_path / "w")
+    manifest = workspace.manifest(
+        trian={"x": 1}, train__optimizer__lr="fast", policy__maxRetries=-1
+    )
+
+    printed = workspace.btx("run", manifest, code=2)
+
+    for words in ("spec.trian: unknown field", "spec.train.optimizer.lr", "spec.policy.maxRetries"):
+        assert len([line for line in printed.splitlines() if words in line]) == 1, printed
+    assert "Traceback" not in printed

@@ -1,0 +1,303 @@
+"""The trainer's only entry: Task -> already done? -> stage -> commit -> Result -> exit code.
+
+`BTX_TASK` holds the Task as JSON, or `@path` of a file with it. Imports no torch until a stage
+needs it. Called by the local backend and as the container's command.
+"""
+
+import errno
+import faulthandler
+import importlib
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from btx_api.artifact import Maker, log_key
+from btx_api.names import TASK_ENV
+from btx_api.spec import Model, explain
+from btx_api.stage import (
+    MAX_METRICS,
+    RECIPES,
+    TASK_SCHEMA,
+    VERSIONS,
+    Content,
+    Exit,
+    Kind,
+    Problem,
+    Progress,
+    Result,
+    Stage,
+    Task,
+    TaskExecution,
+)
+from pydantic import ValidationError
+
+from btx_trainer import checkpoint, errands
+from btx_trainer.artifacts import Artifact, Attempt, Outside, find
+from btx_trainer.errors import ConfigurationError, CorruptInputError, MissingError, TrainerError
+from btx_trainer.storage import Store, open_store
+from btx_trainer.telemetry import Log, Telemetry
+from btx_trainer.work import Made, Work
+
+ENVIRONMENT = {
+    # Without it a kernel depends on the alignment of its operands, and a resume is not exact.
+    "MKL_CBWR": "AVX2",
+    # Spinning OpenMP threads collapse beside a busy core.
+    "GOMP_SPINCOUNT": "1000",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pyarrow")
+USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, None)
+"""Errors of the environment, which say all in one line; None: storage.py's own."""
+
+
+def main() -> Exit:
+    """Runs the task of the environment; returns the exit code."""
+    started = time.monotonic()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a text stream
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    stopping = _catch_signals()
+    target = ""
+
+    def work() -> Result:
+        nonlocal target
+        raw = _read_task()
+        target = str(raw.get("execution", {}).get("result", ""))
+        return _run(_parse(raw), stopping, stack)
+
+    # What goes wrong is printed before the log is closed.
+    with ExitStack() as stack:
+        result, code = _outcome(work)
+    _finish(result.model_copy(update={"seconds": round(time.monotonic() - started, 3)}), target)
+    return code
+
+
+def _catch_signals() -> threading.Event:
+    stopping = threading.Event()
+
+    def stop(number: int, _: object) -> None:
+        stopping.set()
+        # The second one ends a stage that does not look.
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    return stopping
+
+
+def _outcome(work: Callable[[], Result]) -> tuple[Result, Exit]:
+    """Every way to end, as a Result; prints one line, or for a bug the traceback."""
+    try:
+        return work(), Exit.OK
+    except TrainerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Result(problem=error.problem, corrupt=error.corrupt), error.exit
+    except OSError as error:
+        place = str(error.filename or "")
+        problem = Problem(field=place, message=error.strerror or str(error))
+        if error.errno not in USERS_ERRORS:
+            traceback.print_exc()
+    except Exception as error:  # whatever it is, it becomes a Result
+        traceback.print_exc()
+        problem = Problem(field=type(error).__name__, message=str(error) or "no message")
+    print(f"error: {problem.field}: {problem.message}", file=sys.stderr)
+    return Result(problem=problem), Exit.FAILED
+
+
+def _finish(result: Result, target: str) -> None:
+    line = result.line()
+    if target:
+        path = Path(target)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(line)
+            partial.replace(path)
+        except OSError:
+            # A container's termination log is a mount: it can be written, not replaced.
+            path.write_text(line)
+    print(line, flush=True)
+
+
+def _read_task() -> dict[str, Any]:
+    text = os.environ.get(TASK_ENV, "")
+    try:
+        value = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(TASK_ENV, f"holds no task: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigurationError(TASK_ENV, "holds no task: not a JSON object")
+    return value
+
+
+def _parse(raw: dict[str, Any]) -> Task:
+    version = raw.get("schemaVersion", TASK_SCHEMA)
+    if version != TASK_SCHEMA:
+        raise ConfigurationError(
+            "task.schemaVersion", f"{version}: this trainer reads {TASK_SCHEMA}; use another image"
+        )
+    try:
+        return Task.parse(raw)
+    except ValidationError as error:
+        raise ConfigurationError("", explain(error, "task")[0]) from error
+
+
+def _run(task: Task, stopping: threading.Event, stack: ExitStack) -> Result:
+    execution, work = task.execution, task.work
+    if execution.scratch:
+        Path(execution.scratch).mkdir(parents=True, exist_ok=True)
+    scratch = stack.enter_context(
+        tempfile.TemporaryDirectory(
+            dir=execution.scratch or None, prefix="btx-", ignore_cleanup_errors=True
+        )
+    )
+    # Libraries and children put their own temporary files there too.
+    os.environ["TMPDIR"] = tempfile.tempdir = scratch
+    if isinstance(work, Stage):
+        return _run_stage(work, execution, stopping, stack)
+    return errands.run(work, execution)
+
+
+def _run_stage(
+    stage: Stage, execution: TaskExecution, stopping: threading.Event, stack: ExitStack
+) -> Result:
+    store, replaces = open_store(execution.storage), execution.replaces
+    try:
+        found = find(store, stage.kind, stage.digest, ignoring=replaces)
+    except CorruptInputError as error:
+        # Ours, and nobody can use it: made again under the same address.
+        assert error.corrupt
+        found, replaces = None, error.corrupt.tag
+    if found:
+        _prune(store, stage)
+        return _result(found, reused=True)
+    if execution.must_exist:
+        raise MissingError(f"stages/{stage.kind}/{stage.digest}", "there is no such artifact")
+    recipe = _recipe(stage)
+    key = log_key(stage.kind, stage.digest, execution.run or "run", execution.attempt)
+    log = Log(store, key)
+    stack.callback(log.close)
+    telemetry = Telemetry(run=execution.run, stage=execution.name or stage.kind, kind=stage.kind)
+    if execution.listen:
+        stack.callback(telemetry.serve(execution.listen).shutdown)
+    _watch(telemetry, execution, log, stack)
+    work = Work(
+        stage=stage, recipe=recipe, execution=execution, store=store,
+        inputs=_inputs(stage, execution, store), out=Attempt(store, stage, replaces=replaces),
+        scratch=Path(tempfile.gettempdir()), publish=telemetry.publish, stopping=stopping.is_set,
+    )  # fmt: skip
+    return _make(work)
+
+
+def _recipe(stage: Stage) -> Model:
+    if stage.version != VERSIONS[stage.kind]:
+        raise ConfigurationError(
+            f"{stage.kind}.version",
+            f"{stage.version}: this trainer makes {VERSIONS[stage.kind]}; use another image",
+        )
+    try:
+        return RECIPES[stage.kind].parse(stage.recipe)
+    except ValidationError as error:
+        raise ConfigurationError("", explain(error, stage.kind)[0]) from error
+
+
+def _inputs(stage: Stage, execution: TaskExecution, store: Store) -> tuple[Artifact | Outside, ...]:
+    inputs: list[Artifact | Outside] = []
+    for item, location in zip(stage.inputs, execution.inputs, strict=True):
+        if isinstance(item, Content):
+            tokenizer = stage.kind is Kind.PREPARE and not location.sources
+            inputs.append(
+                Outside(
+                    location=location, fingerprint=item.fingerprint, tokenizer=tokenizer,
+                    storage=execution.storage,
+                )
+            )  # fmt: skip
+        else:
+            assert location.kind
+            found = find(store, location.kind, item.digest)
+            if found is None:
+                raise CorruptInputError(location.kind, item.digest, "", "the artifact is missing")
+            inputs.append(found)
+    return tuple(inputs)
+
+
+def _make(work: Work) -> Result:
+    stage, started = work.stage, time.monotonic()
+    run: Callable[[Work], Made] = importlib.import_module(f"btx_trainer.stages.{stage.kind}").run
+    work.publish(Progress(phase="loading"))
+    try:
+        made = run(work)
+        assert len(made.metrics) <= MAX_METRICS, made.metrics
+        work.publish(Progress(phase="committing"))
+        artifact = work.out.commit(
+            metrics=made.metrics, deviations=made.deviations,
+            maker=_maker(work.execution, time.monotonic() - started),
+            parents=[item.parent for item in work.inputs],
+        )  # fmt: skip
+    except BaseException:
+        work.out.discard()
+        raise
+    _prune(work.store, stage)
+    result = _result(artifact, reused=artifact.token != work.out.token)
+    return result.model_copy(update={"resumed_step": made.resumed_step})
+
+
+def _prune(store: Store, stage: Stage) -> None:
+    """Checkpoints of a committed stage serve nobody; that some are left harms nobody either."""
+    with suppress(OSError):
+        checkpoint.prune(store, stage)
+
+
+def _maker(execution: TaskExecution, seconds: float) -> Maker:
+    return Maker(
+        run=execution.run, uid=execution.uid, attempt=execution.attempt, image=execution.image,
+        version=importlib.metadata.version("btx"),
+        libraries={n: str(sys.modules[n].__version__) for n in LIBRARIES if n in sys.modules},
+        created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        seconds=round(seconds, 3),
+    )  # fmt: skip
+
+
+def _result(artifact: Artifact, *, reused: bool) -> Result:
+    return Result(
+        digest=artifact.digest, token=artifact.token, tag=artifact.tag, reused=reused,
+        metrics=artifact.manifest.metrics,
+    )  # fmt: skip
+
+
+def _watch(telemetry: Telemetry, execution: TaskExecution, log: Log, stack: ExitStack) -> None:
+    """Ends the process, whatever it waits for, when nothing has moved for too long."""
+    limit, done = execution.no_progress_seconds, threading.Event()
+    stack.callback(done.set)
+
+    def watch() -> None:
+        while telemetry.idle < limit:
+            if done.wait(min(5.0, limit / 4)):
+                return
+        faulthandler.dump_traceback()
+        problem = Problem(message=f"no progress for {limit} s (policy.noProgressSeconds)")
+        print(f"error: {problem.message}", file=sys.stderr, flush=True)
+        # Storage may be what hangs.
+        closing = threading.Thread(target=log.close, daemon=True)
+        closing.start()
+        closing.join(10)
+        _finish(Result(problem=problem), execution.result)
+        os._exit(Exit.STALLED)
+
+    threading.Thread(target=watch, daemon=True, name="watchdog").start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

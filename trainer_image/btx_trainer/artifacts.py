@@ -1,0 +1,313 @@
+"""Artifacts: the commit protocol, verified reading, and inputs from outside.
+
+An attempt writes files under its own token; the manifest, written last and conditionally, names
+that token and every file with size and CRC32C. Nothing is overwritten: who comes second adopts the
+winner. Every byte is checked by the first process that reads it. Called by __main__.py, the stages
+and errands.py.
+"""
+
+import json
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from btx_api.artifact import FileEntry, Maker, Manifest, Parent, attempt_folder, manifest_key
+from btx_api.spec import Storage
+from btx_api.stage import Kind, Location, Stage
+from pydantic import ValidationError
+
+from btx_trainer.errors import ConfigurationError, CorruptInputError
+from btx_trainer.fingerprint import (
+    fingerprint_model,
+    fingerprint_sources,
+    fingerprint_tokenizer,
+    model_files,
+    tokenizer_key,
+)
+from btx_trainer.storage import (
+    READ_BYTES,
+    Conflict,
+    FileStore,
+    Sink,
+    Store,
+    extend_crc,
+    open_outside,
+)
+
+MANIFEST_SCHEMA = 1
+
+
+def _copy(store: Store, key: str, sink: Sink) -> None:
+    with store.open(key) as file, sink:
+        while piece := file.read(READ_BYTES):
+            sink.write(piece)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A committed artifact; its bytes are not trusted before they were read here."""
+
+    store: Store = field(repr=False)
+    manifest: Manifest = field(repr=False)
+    kind: Kind
+    digest: str
+    tag: str
+    """Identity of the manifest: its ETag, or sha256 of its bytes (32 hex digits) on file://."""
+
+    @property
+    def token(self) -> str:
+        """Of the attempt that made it."""
+        return self.manifest.token
+
+    @property
+    def parent(self) -> Parent:
+        """This copy, for the lineage of what is made from it."""
+        return Parent(kind=self.kind, digest=self.digest, token=self.token, tag=self.tag)
+
+    def key(self, name: str) -> str:
+        """Key of one file."""
+        return f"{attempt_folder(self.kind, self.digest, self.token)}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """One small file, verified. FileNotFoundError if the manifest does not name it."""
+        for entry in self.manifest.files:
+            if entry.name == name:
+                return b"".join(self._verified(entry))
+        raise FileNotFoundError(f"{self.store.uri(self.key(name))}: not in the manifest")
+
+    def verify(self) -> None:
+        """Reads every byte; CorruptInputError for the first file that is not as committed."""
+        for entry in self.manifest.files:
+            for _ in self._verified(entry):
+                pass
+
+    def copy(self, folder: Path) -> None:
+        """Writes all files below `folder`, verified; CorruptInputError as in `verify`."""
+        target = FileStore(folder)
+        for entry in self.manifest.files:
+            with target.sink(entry.name) as sink:
+                for piece in self._verified(entry):
+                    sink.write(piece)
+
+    def fetch(self) -> Path:
+        """A local folder with all files, every byte verified (once per process).
+
+        On file:// the artifact's own folder: do not write there. CorruptInputError as in `verify`.
+        """
+        return self._folder
+
+    @cached_property
+    def _folder(self) -> Path:
+        if folder := self.store.local(self.key("")):
+            self.verify()
+            return folder
+        folder = Path(tempfile.mkdtemp(prefix=f"{self.kind}-{self.digest[:8]}-"))
+        self.copy(folder)
+        return folder
+
+    def corrupt(self, message: str) -> CorruptInputError:
+        """The error that names this artifact."""
+        return CorruptInputError(self.kind, self.digest, self.tag, message)
+
+    def _verified(self, entry: FileEntry) -> Iterator[bytes]:
+        size = crc = 0
+        try:
+            with self.store.open(self.key(entry.name)) as file:
+                while piece := file.read(READ_BYTES):
+                    size, crc = size + len(piece), extend_crc(crc, piece)
+                    yield piece
+        except FileNotFoundError as error:
+            raise self.corrupt(f"{entry.name}: is missing") from error
+        if size != entry.size:
+            raise self.corrupt(f"{entry.name}: has {size} bytes, was committed with {entry.size}")
+        if f"{crc:08x}" != entry.crc32c:
+            raise self.corrupt(
+                f"{entry.name}: has CRC32C {crc:08x}, was committed with {entry.crc32c}"
+            )
+
+
+def find(store: Store, kind: Kind, digest: str, *, ignoring: str = "") -> Artifact | None:
+    """The committed artifact of a stage; a manifest with tag `ignoring` counts as absent.
+
+    The files' sizes are checked. Raises CorruptInputError for a manifest that cannot be read or a
+    file of another size, ConfigurationError for a manifest of a later release.
+    """
+    try:
+        data, tag = store.get(manifest_key(kind, digest))
+    except FileNotFoundError:
+        return None
+    if tag == ignoring:
+        return None
+    manifest = _parse(data, tag, kind, digest)
+    artifact = Artifact(store=store, manifest=manifest, kind=kind, digest=digest, tag=tag)
+    for entry in manifest.files:
+        head = store.head(artifact.key(entry.name))
+        if head is None:
+            raise artifact.corrupt(f"{entry.name}: is missing")
+        if head.size != entry.size:
+            raise artifact.corrupt(
+                f"{entry.name}: has {head.size} bytes, was committed with {entry.size}"
+            )
+    return artifact
+
+
+def _parse(data: bytes, tag: str, kind: Kind, digest: str) -> Manifest:
+    try:
+        value = json.loads(data)
+        if isinstance(value, dict) and value.get("schemaVersion", 1) > MANIFEST_SCHEMA:
+            raise ConfigurationError(
+                manifest_key(kind, digest), "was written by a later release; use its image"
+            )
+        manifest = Manifest.parse(value)
+    except (ValueError, TypeError, ValidationError) as error:
+        raise CorruptInputError(kind, digest, tag, "the manifest is unreadable") from error
+    # A name that leaves the folder would let a writer of this prefix write outside it.
+    outside = [f.name for f in manifest.files if {"", ".", ".."} & set(f.name.split("/"))]
+    if manifest.digest != digest or outside:
+        raise CorruptInputError(kind, digest, tag, "the manifest is of another artifact")
+    return manifest
+
+
+class Attempt:
+    """The files of one attempt, and their commit."""
+
+    def __init__(self, store: Store, stage: Stage, *, replaces: str = "") -> None:
+        self.token = secrets.token_hex(8)
+        self._store, self._stage, self._replaces = store, stage, replaces
+        self._sinks: dict[str, Sink] = {}
+
+    @property
+    def folder(self) -> str:
+        """Key of the folder that the files go to."""
+        return attempt_folder(self._stage.kind, self._stage.digest, self.token)
+
+    def sink(self, name: str) -> Sink:
+        """A new file, part of the artifact once closed."""
+        assert name not in self._sinks, name
+        self._sinks[name] = self._store.sink(f"{self.folder}/{name}")
+        return self._sinks[name]
+
+    def put(self, name: str, data: bytes) -> None:
+        """A new small file."""
+        with self.sink(name) as sink:
+            sink.write(data)
+
+    def add(self, path: Path, name: str) -> None:
+        """A copy of a local file."""
+        _copy(FileStore(path.parent), path.name, self.sink(name))
+
+    def commit(
+        self,
+        *,
+        metrics: Mapping[str, float],
+        deviations: Sequence[str],
+        maker: Maker,
+        parents: Sequence[Parent],
+    ) -> Artifact:
+        """Writes the manifest; the artifact is the winner's, with another token if that came first.
+
+        Raises Conflict if the commit lost and the winner has vanished since.
+        """
+        kind, digest = self._stage.kind, self._stage.digest
+        manifest = Manifest(
+            schema_version=MANIFEST_SCHEMA, stage=self._stage, digest=digest, token=self.token,
+            files=tuple(
+                FileEntry(name=name, size=sink.size, crc32c=sink.crc32c)
+                for name, sink in sorted(self._sinks.items())
+                if sink.closed
+            ),
+            metrics=dict(metrics), deviations=tuple(deviations), maker=maker,
+            parents=tuple(parents),
+        )  # fmt: skip
+        tag = self._write(manifest.model_dump_json(exclude_defaults=True).encode())
+        if tag:
+            return Artifact(store=self._store, manifest=manifest, kind=kind, digest=digest, tag=tag)
+        winner = find(self._store, kind, digest, ignoring=self._replaces)
+        if winner is None:
+            raise Conflict(f"{self._store.uri(manifest_key(kind, digest))}: came and went")
+        if winner.token != self.token:
+            self.discard()
+        return winner
+
+    def _write(self, data: bytes) -> str:
+        """Tag of our manifest; empty if there is one that we were not asked to replace."""
+        key = manifest_key(self._stage.kind, self._stage.digest)
+        with suppress(Conflict):
+            if self._replaces:
+                return self._store.put(key, data, if_match=self._replaces)
+        # What was to be replaced is gone, or was replaced by somebody else.
+        with suppress(Conflict):
+            return self._store.put(key, data, if_none_match=True)
+        return ""
+
+    def discard(self) -> None:
+        """Deletes the files: nobody else knows of them."""
+        for name, sink in self._sinks.items():
+            sink.abort()
+            self._store.delete(f"{self.folder}/{name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outside:
+    """An input that no stage made: a model, a tokenizer, or the sources of a domain."""
+
+    location: Location
+    fingerprint: str
+    """What preflight saw."""
+    storage: Storage = field(repr=False)
+    """For endpoint and region."""
+    tokenizer: bool = False
+
+    @property
+    def parent(self) -> Parent:
+        """For the lineage of what is made from it."""
+        return Parent(fingerprint=self.fingerprint, uri=self._uri[:1024])
+
+    @property
+    def _uri(self) -> str:
+        return self.location.uri or " ".join(source.uri for source in self.location.sources)
+
+    def check(self) -> None:
+        """Raises ConfigurationError if the content is not what preflight saw."""
+        if self.location.sources:
+            self._compare(fingerprint_sources(self.location.sources, self.storage))
+        elif self.tokenizer:
+            self._compare(fingerprint_tokenizer(self._tokenizer()))
+        else:
+            self._compare(fingerprint_model(*open_outside(self.location.uri, self.storage)))
+
+    def fetch(self) -> Path:
+        """A local folder with the model, or with `tokenizer.json`; do not write there.
+
+        Raises ConfigurationError if the content is not what preflight saw.
+        """
+        return self._folder
+
+    @cached_property
+    def _folder(self) -> Path:
+        if self.tokenizer:
+            data = self._tokenizer()
+            self._compare(fingerprint_tokenizer(data))
+            folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
+            (folder / "tokenizer.json").write_bytes(data)
+            return folder
+        store, key = open_outside(self.location.uri, self.storage)
+        local = store.local(key)
+        folder = local or Path(tempfile.mkdtemp(prefix="model-"))
+        if local is None:
+            for head in model_files(store, key):
+                _copy(store, head.key, FileStore(folder).sink(Path(head.key).name))
+        self._compare(fingerprint_model(store, key))
+        return folder
+
+    def _tokenizer(self) -> bytes:
+        store, key = open_outside(self.location.uri, self.storage)
+        return store.get(tokenizer_key(key))[0]
+
+    def _compare(self, found: str) -> None:
+        if found != self.fingerprint:
+            raise ConfigurationError(self._uri, "input changed since preflight")

@@ -1,0 +1,179 @@
+"""The report's plots: inline SVG by matplotlib, in the page's own colours and fonts.
+
+Pure: a report in, SVG text out, the same bytes each time. `name` is what a plot's ids begin with,
+another one for each plot of a page. Called by report.py; nothing else imports matplotlib.
+"""
+
+import io
+import re
+from contextlib import AbstractContextManager
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from btx_trainer.scores import Curve, Report, RoutingTable, Row
+from btx_trainer.sentences import count
+
+SERIES = 8
+"""Colours for experts before they repeat; the page defines --series-0 ... --series-7."""
+INK, MUTED, RULE, SURFACE = "#010101", "#020202", "#030303", "#040404"
+# matplotlib cannot write a CSS variable: these colours stand for one until the SVG is text.
+_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", SURFACE: "surface"} | {
+    f"#05050{i}": f"series-{i}" for i in range(SERIES)
+}
+HEAT = (0.25, 0.52, 0.80)
+"""Of the heatmaps, laid over the page with the share as opacity: legible in light and dark."""
+MAX_NUMBERS = 16
+"""Layers, and experts, up to which a heatmap also prints its numbers."""
+_STYLE = {
+    "svg.fonttype": "none", "font.size": 9.5, "axes.edgecolor": RULE, "axes.linewidth": 0.8,
+    "axes.labelcolor": MUTED, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED,
+    "xtick.major.size": 0, "ytick.major.size": 0, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
+    "legend.frameon": False, "legend.fontsize": 9, "axes.grid": True, "grid.color": RULE,
+    "grid.linewidth": 0.6, "axes.axisbelow": True, "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}  # fmt: skip
+
+
+def changes(report: Report, name: str) -> str:
+    """A model's loss minus the seed's, by domain: gains on the left, forgetting on the right."""
+    names = [domain.name for domain in report.domains]
+    with _style(name):
+        figure = Figure(figsize=(8.6, 1.1 + 0.5 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        others = [row for row in report.models if row.role != "seed"]
+        for i, row in enumerate(others):
+            marker, face, edge, size = _mark(report, row)
+            # Spread within the line, so that models with equal losses stay apart.
+            shift = 0.0 if len(others) == 1 else 0.5 * (i / (len(others) - 1) - 0.5)
+            axes.scatter(
+                [row.scores[name].versus_seed for name in names],
+                [line + shift for line in range(len(names))],
+                marker=marker, facecolors=face, edgecolors=edge, s=size, linewidths=1.4,
+                label=row.title, zorder=3,
+            )  # fmt: skip
+        axes.axvline(0, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="seed")
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("loss minus the seed's, nats per token (left: gain; right: forgetting)")
+        figure.legend(loc="outside upper left", ncols=7, handletextpad=0.3, columnspacing=1.4)
+        return _svg(figure, "Change of loss against the seed, by model and domain", name)
+
+
+def _mark(report: Report, row: Row) -> tuple[str, str, str, float]:
+    """Marker, face, edge, size."""
+    if row.role == "expert":
+        color = _color(report.experts.index(row))
+        return "o", color, color, 42
+    if row.role in ("final", "dense"):
+        return "D", INK, INK, 52
+    return ("s" if row.role == "soup" else "D"), "none", MUTED, 44
+
+
+def _color(index: int) -> str:
+    return f"#05050{index % SERIES}"
+
+
+def curves(report: Report, name: str) -> str:
+    """Training loss over tokens; experts on the left, what was trained after them on the right."""
+    experts = [curve for curve in report.curves if curve.role == "expert"]
+    others = [curve for curve in report.curves if curve.role != "expert"]
+    panels = [(title, group) for title, group in (("experts", experts), ("", others)) if group]
+    with _style(name):
+        figure = Figure(figsize=(8.6, 3.3), layout="constrained")
+        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, group) in zip(grid, panels, strict=True):
+            for i, curve in enumerate(group):
+                _line(axes, curve, _color(i) if title else INK)
+            axes.set_title(title or " and ".join(curve.role for curve in group), color=INK)
+            axes.set_xlabel("tokens of this training")
+            axes.xaxis.set_major_formatter(lambda value, _: count(value))
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+            axes.set_xlim(left=0)
+            axes.legend(loc="upper right")
+        grid[0].set_ylabel("training loss, nats per token")
+        return _svg(figure, "Training loss over tokens", name)
+
+
+def _line(axes: Axes, curve: Curve, color: str) -> None:
+    axes.plot(curve.tokens, curve.loss, color=color, linewidth=0.8, alpha=0.3)
+    width = max(1, len(curve.loss) // 20)
+    kernel = np.ones(width)
+    # Divided by how many points the window really covers: no sag at the ends.
+    smooth = np.convolve(curve.loss, kernel, "same") / np.convolve(
+        np.ones(len(curve.loss)), kernel, "same"
+    )
+    label = curve.label if curve.role == "expert" else curve.role
+    axes.plot(curve.tokens, smooth, color=color, linewidth=1.8, label=label)
+
+
+def heatmaps(table: RoutingTable, name: str) -> str:
+    """Routing shares: one panel per domain, layers down, experts across."""
+    names, layers = list(table.domains), len(table.layers)
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    high = max(1.1, min(0.3, 6 / layers) * layers) + 1.0
+    with _style(name):
+        figure = Figure(figsize=(8.6, rows * high), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+        for axes, domain in zip(grid, names, strict=False):
+            _panel(axes, table, domain)
+        for axes in grid[len(names) :]:
+            axes.set_visible(False)
+        for axes in grid[::columns]:
+            axes.set_ylabel("layer")
+        label = f"Share of {table.unit} by layer and expert, {table.role} model"
+        return _svg(figure, label, name)
+
+
+def _panel(axes: Axes, table: RoutingTable, domain: str) -> None:
+    shares = np.array(table.domains[domain])
+    layers, experts = shares.shape
+    most = 1 / table.k if table.unit == "slots" else 1.0
+    image = np.empty((layers, experts, 4))
+    image[..., :3] = HEAT
+    image[..., 3] = np.clip(shares / most, 0, 1)
+    axes.imshow(image, aspect="auto", interpolation="none")
+    axes.set_title(domain, color=INK)
+    slant = experts > 6 or max(map(len, table.experts)) > 7
+    axes.set_xticks(range(experts), table.experts, rotation=40 if slant else 0,
+                    ha="right" if slant else "center", rotation_mode="anchor")  # fmt: skip
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+    axes.grid(visible=False)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.hlines(np.arange(1, layers) - 0.5, -0.5, experts - 0.5, color=SURFACE, linewidth=1.5)
+    axes.vlines(np.arange(1, experts) - 0.5, -0.5, layers - 0.5, color=SURFACE, linewidth=1.5)
+    if max(layers, experts) > MAX_NUMBERS:
+        return
+    for (layer, expert), share in np.ndenumerate(shares):
+        axes.text(expert, layer, f"{share:.0%}".rstrip("%"), ha="center", va="center", fontsize=8)
+
+
+def _style(salt: str) -> AbstractContextManager[None]:
+    return mpl.rc_context({**_STYLE, "svg.hashsalt": salt})
+
+
+def _svg(figure: Figure, label: str, name: str) -> str:
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=metadata)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # The fonts of the page, and ids that several plots of one page do not share.
+    text = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\1{name}-", text)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, f"var(--{variable})")
+    size = re.search(r'viewBox="[^"]*"', text)
+    assert size, "matplotlib writes a viewBox"
+    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{label}" '
+    return head + size[0] + text[text.index(">") :]

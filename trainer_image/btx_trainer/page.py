@@ -1,0 +1,252 @@
+"""report.html: one self-contained page, no scripts and no requests, legible in light and dark.
+
+Pure. Called by report.py.
+"""
+
+import html
+import math
+from collections.abc import Callable, Iterable, Sequence
+from importlib.resources import files
+
+from btx_api.spec import GENERAL
+
+from btx_trainer import figures
+from btx_trainer.scores import Report, RoutingTable, Score
+from btx_trainer.sentences import compare, count, listed, sentences, signed
+from btx_trainer.table import Line, Runs, Table, loss_table
+
+Cell = tuple[str, str]
+"""CSS class and HTML."""
+
+
+def page(runs: Runs) -> str:
+    """The whole page; the same reports give the same bytes."""
+    title = " and ".join(name for name, _ in runs)
+    table = loss_table(runs)
+    parts = [
+        _header(runs, table),
+        _section("What the numbers say", _said(runs)),
+        _section("Held-out loss", _losses(table)),
+        _section("Gain and forgetting", _each(runs, _changes)),
+        _section("Training", _each(runs, _training)),
+        _section("Routing", _each(runs, _routing)),
+        _section("How it was measured", _each(runs, _method)),
+        _section("Deviations", _each(runs, _deviations)),
+        _section("Lineage", _each(runs, _lineage)),
+    ]
+    css = files("btx_trainer").joinpath("report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # Or the browser asks for /favicon.ico.
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{_e(title)}: evaluation</title>\n<style>\n{css}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n<footer>Made from report.json, which holds every number of this page.</footer>\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _e(text: str) -> str:
+    return html.escape(text)
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n{body}\n</section>" if body else ""
+
+
+def _each(runs: Runs, body: Callable[[Report, str], str]) -> str:
+    """One part per run, under its name when there are several; the body gets a prefix for ids."""
+    parts = []
+    for i, (name, report) in enumerate(runs):
+        if text := body(report, f"run{i}"):
+            parts.append(f"<h3>{_e(name)}</h3>\n{text}" if len(runs) > 1 else text)
+    return "\n".join(parts)
+
+
+def _table(header: Sequence[str], rows: Iterable[tuple[str, Sequence[Cell]]], caption: str) -> str:
+    """Rows are (class, cells); the first cell heads its row."""
+    lines = []
+    for kind, (first, *rest) in rows:
+        cells = "".join(f'<td class="{name}">{text}</td>' for name, text in rest)
+        lines.append(f'<tr class="{kind}"><th scope="row">{first[1]}</th>{cells}</tr>')
+    head = "".join(f'<th scope="col">{_e(name)}</th>' for name in header)
+    body = "\n".join(lines).replace(' class=""', "")
+    return (
+        f'<div class="scroll"><table>\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>'
+        f"\n<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>\n{body}\n</details>"
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>\n{svg}\n<figcaption>{caption}</figcaption>\n</figure>\n"
+
+
+def _bullets(lines: Iterable[str], kind: str = "") -> str:
+    items = "\n".join(f"<li>{_e(line)}</li>" for line in lines)
+    return f'<ul class="{kind}">\n{items}\n</ul>'
+
+
+def _header(runs: Runs, table: Table) -> str:
+    methods = listed(dict.fromkeys(report.method for _, report in runs))
+    tokens = max(sum(domain.tokens for domain in report.domains) for _, report in runs)
+    facts = [
+        f"{len(table.models)} models",
+        f"{len(table.domains)} domains",
+        f"{count(tokens)} held-out tokens",
+        listed(dict.fromkeys(report.precision for _, report in runs)),
+    ]
+    title = " <span>and</span> ".join(_e(name) for name, _ in runs)
+    return (
+        f'<header>\n<p class="eyebrow">{_e(methods)} · evaluation</p>\n<h1>{title}</h1>\n'
+        f'<p class="lead">{_e(" · ".join(facts))}</p>\n</header>'
+    )
+
+
+def _said(runs: Runs) -> str:
+    if compared := compare(runs):
+        return _bullets(compared, "key") + _each(runs, lambda r, _: _bullets(sentences(r)))
+    return _bullets(sentences(runs[0][1]), "key")
+
+
+def _kind(line: Line) -> str:
+    return "result" if line.is_result else "" if line.row else "oracle"
+
+
+def _losses(table: Table) -> str:
+    rows = []
+    for line in table.lines:
+        *cells, mean = [("best" if cell.best else "", cell.text) for cell in line.cells]
+        rows.append(
+            (_kind(line), [("", _e(line.title)), *cells, (f"mean {mean[0]}", mean[1]), _size(line)])
+        )
+    caption = (
+        "Nats per token; lower is better, the lowest of each column is marked. The mean gives "
+        "each domain the same weight. The oracle takes each expert on its own domain. Parameters: "
+        "those that a token uses, of all."
+    )
+    return "\n".join(
+        [
+            _table(["model", *table.domains, "mean", "parameters"], rows, caption),
+            _other(table, "Perplexity", lambda s: f"{s.perplexity:.2f}", "exp(loss), per token."),
+            _other(table, "Bits per byte", lambda s: f"{s.bits_per_byte:.3f}",
+                   "Of the text predicted; comparable between tokenizers."),
+        ]
+    )  # fmt: skip
+
+
+def _size(line: Line) -> Cell:
+    if line.row is None:
+        return "", ""
+    used, total = line.row.active_parameters, line.row.parameters
+    return "", count(total) if used == total else f"{count(used)} of {count(total)}"
+
+
+def _other(table: Table, title: str, value: Callable[[Score], str], caption: str) -> str:
+    rows = []
+    for line in table.lines:
+        if row := line.row:
+            shown = [value(row.scores[n]) if n in row.scores else "–" for n in table.domains]
+            rows.append((_kind(line), [("", _e(line.title)), *(("", text) for text in shown)]))
+    return _details(title, _table(["model", *table.domains], rows, caption))
+
+
+def _changes(report: Report, prefix: str) -> str:
+    names = [domain.name for domain in report.domains]
+    rows = []
+    for line in loss_table([("", report)]).lines:
+        if line.row is None or line.row.role == "seed":
+            continue
+        cells = [("", _e(line.title))]
+        for score in (line.row.scores[name] for name in names):
+            change = round(score.versus_seed, 3)
+            kind = "good" if change < 0 else "bad" if change > 0 else ""
+            gap = "" if score.gap_closed is None else f" · {score.gap_closed:.0%}"
+            cells.append((kind, signed(change) + gap.replace("-", "−")))
+        rows.append((_kind(line), cells))
+    caption = (
+        "Loss minus the seed's, nats per token; then the share of the gap between the seed and "
+        "the domain's own expert that the model closes (the expert itself: 100 %), where there "
+        "is one."
+    )
+    figure = _figure(
+        figures.changes(report, f"{prefix}-changes"),
+        "Loss of each model minus the seed's on the same tokens: left of the dashed line a model "
+        "gained on the domain, right of it it forgot.",
+    )
+    return figure + _details("The same in numbers", _table(["model", *names], rows, caption))
+
+
+def _training(report: Report, prefix: str) -> str:
+    caption = (
+        "Loss on the training data without the balancing loss, as logged (thin) and averaged over "
+        "neighbours (thick). Each expert sees its own domain only, so their levels differ."
+    )
+    return _figure(figures.curves(report, f"{prefix}-curves"), caption) if report.curves else ""
+
+
+def _routing(report: Report, prefix: str) -> str:
+    return "\n".join(_routed(table, f"{prefix}-{table.role}") for table in report.routing)
+
+
+def _routed(table: RoutingTable, name: str) -> str:
+    experts = len(table.experts)
+    what = "the gate's weight" if table.unit == "weight" else "slots"
+    when = "before" if table.role == "mixed" else "after"
+    caption = (
+        f"{when.title()} finetuning (the {table.role} model): share of {what} in per cent by layer "
+        f"and expert, one panel per domain; {table.k} of {experts} experts per token "
+        f"({_e(table.method)}). Each row adds up to 100; an even share is {100 / experts:.0f}."
+    )
+    rows: list[tuple[str, Sequence[Cell]]] = []
+    for i, load in enumerate(table.layers):
+        shares = [("", f"{share:.1%}") for share in load.shares]
+        even = load.entropy / math.log(experts) if experts > 1 else 1.0
+        spread = [("mean", f"{even:.3f}"), ("", f"{load.least:.1%}"), ("", f"{load.most:.1%}")]
+        rows.append(("", [("", str(i)), *shares, *spread]))
+    loads = _table(
+        ["layer", *table.experts, "entropy", "least", "most"], rows,
+        "Mean over the domains. Entropy as a share of its maximum, ln of the number of experts.",
+    )  # fmt: skip
+    figure = _figure(figures.heatmaps(table, name), caption)
+    return figure + _details(f"Load by layer {when} finetuning", loads)
+
+
+def _method(report: Report, _: str) -> str:
+    text = (
+        f"Every model predicts the same held-out tokens in the same batches: documents that no "
+        f"training saw, chosen by their content, at most {report.limit:,} tokens per domain, with "
+        f"up to {report.sequence_length:,} tokens of context and never across documents. Computed "
+        f"in {report.precision}. The loss is the mean negative log-likelihood per token."
+    )
+    rows: list[tuple[str, Sequence[Cell]]] = []
+    for domain in report.domains:
+        owner = f"{domain.expert} expert" if domain.expert else "none"
+        if domain.name == GENERAL:
+            owner += " (the seed's own data)"
+        numbers = [("", f"{domain.tokens:,}"), ("", f"{domain.bytes:,}")]
+        rows.append(("", [("", _e(domain.name)), *numbers, ("", _e(owner))]))
+    table = _table(["domain", "tokens", "bytes", "trained on by"], rows, "What was predicted.")
+    return f"<p>{text}</p>\n{table}"
+
+
+def _deviations(report: Report, _: str) -> str:
+    if report.deviations:
+        return _bullets(report.deviations)
+    return '<p class="note">None: everything went as the recipes say.</p>'
+
+
+def _lineage(report: Report, _: str) -> str:
+    found = [(row.title, row.origin) for row in report.models]
+    found += [(f"domain {domain.name}", domain.origin) for domain in report.domains]
+    rows: list[tuple[str, Sequence[Cell]]] = [
+        ("", [("", _e(title)), ("text", f"<code>{_e(origin)}</code>")])
+        for title, origin in found
+        if origin
+    ]
+    caption = "What was read: artifacts by kind and digest, models from outside by their content."
+    return _table(["", "origin"], rows, caption) if rows else ""

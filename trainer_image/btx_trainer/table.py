@@ -1,0 +1,100 @@
+"""The main table of a report: models down, domains across, the lowest of each column marked.
+
+Pure; made once and printed three ways (terminal, page, model card). Called by report.py, page.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from btx_trainer.scores import Report, Row, common_domains
+
+Runs = Sequence[tuple[str, Report]]
+"""Named reports, in the order of the page."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """A loss, nats per token; None: this model was not measured there."""
+
+    value: float | None
+    best: bool = False
+    """As shown, no model of the column is lower."""
+
+    @property
+    def text(self) -> str:
+        """Three decimals, or a dash."""
+        return "–" if self.value is None else f"{self.value:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One model, or (without row) an oracle."""
+
+    title: str
+    row: Row | None
+    cells: tuple[Cell, ...]
+    """One per domain, then the mean over the domains that can be compared."""
+
+    @property
+    def is_result(self) -> bool:
+        """What a run was for."""
+        return self.row is not None and self.row.role in ("final", "dense")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Held-out losses of all models of some runs."""
+
+    domains: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+    @property
+    def models(self) -> list[tuple[str, Row]]:
+        """(title, row) of the lines that are models."""
+        return [(line.title, line.row) for line in self.lines if line.row]
+
+
+def loss_table(runs: Runs) -> Table:
+    """Every model once: what several runs share (the seed, an expert) has one line."""
+    domains = list(dict.fromkeys(d.name for _, report in runs for d in report.domains))
+    common = common_domains([report for _, report in runs])
+    models = _models(runs)
+    losses = [[*(_loss(row, name) for name in domains), _mean(row, common)] for _, row in models]
+    # Only what was measured alike has a lowest.
+    best = [
+        min((round(v, 3) for v in column if v is not None), default=None)
+        if name in common or (name is None and common)
+        else None
+        for name, column in zip([*domains, None], zip(*losses, strict=True), strict=True)
+    ]
+    lines = [
+        Line(title=title, row=row, cells=tuple(
+            Cell(value=v, best=v is not None and round(v, 3) == b)
+            for v, b in zip(values, best, strict=True)
+        ))
+        for (title, row), values in zip(models, losses, strict=True)
+    ]  # fmt: skip
+    for name, report in runs:
+        if report.oracle:
+            cells = [Cell(value=report.oracle.get(domain)) for domain in domains]
+            title = "oracle" if len(runs) == 1 else f"{name}: oracle"
+            lines.append(Line(title=title, row=None, cells=(*cells, Cell(value=None))))
+    return Table(domains=tuple(domains), lines=tuple(lines))
+
+
+def _models(runs: Runs) -> list[tuple[str, Row]]:
+    found: dict[object, tuple[str, Row]] = {}
+    for name, report in runs:
+        for i, row in enumerate(report.models):
+            key = row.model_dump_json() if row.origin else (name, i)
+            shared = key in found or len(runs) == 1
+            found[key] = (row.title if shared else f"{name}: {row.title}", row)
+    return list(found.values())
+
+
+def _loss(row: Row, domain: str) -> float | None:
+    return row.scores[domain].loss if domain in row.scores else None
+
+
+def _mean(row: Row, domains: Sequence[str]) -> float | None:
+    return row.mean(domains) if domains else None
