@@ -116,12 +116,13 @@ def write_init(folder: Path) -> None:
     """A randomly initialised Llama with the byte tokenizer, in Hugging Face layout."""
     import torch  # noqa: PLC0415  these imports take seconds
     from btx_trainer.model import new_model, save_model  # noqa: PLC0415
-    from btx_trainer.tokenizer import write_byte_tokenizer  # noqa: PLC0415
+    from btx_trainer.tokenizer import byte_tokenizer_files  # noqa: PLC0415
     from transformers import LlamaConfig  # noqa: PLC0415
 
     folder.mkdir(parents=True, exist_ok=True)
     save_model(new_model(LlamaConfig(**SEED_CONFIG), seed=1), folder, torch.float32)
-    write_byte_tokenizer(folder)
+    for name, text in byte_tokenizer_files().items():
+        (folder / name).write_text(text)
 
 
 def btx(*arguments: str) -> None:

@@ -18,6 +18,7 @@ from btx_api.spec import (
     Phase,
     Prepare,
     Reuse,
+    RoutingMethod,
     SourceShape,
 )
 from btx_api.stage import (
@@ -193,7 +194,8 @@ def _btx(build: _Builder, members: Members) -> None:
     include = spec.mix.include_seed
     average = AverageRecipe(**dict(spec.average), include_seed=include)
     build.add("average", Kind.AVERAGE, average, mixed)
-    top_k = min(spec.finetune.routing.k, spec.mixed_experts(len(chosen)))
+    routing, total = spec.finetune.routing, spec.mixed_experts(len(chosen))
+    top_k = total if routing.method is RoutingMethod.SOFT else min(routing.k, total)
     build.add("mix", Kind.MIX, MixRecipe(**dict(spec.mix), top_k=top_k), mixed)
     _finetune(build, chosen, members.without)
     models: list[tuple[str, str, Origin]] = [("seed", "seed", build.seed)]

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from btx_api.methods import Members
 from btx_api.spec import Model, Real
-from btx_api.stage import TASK_SCHEMA, VERSIONS, Kind, Resolved
+from btx_api.stage import Kind, Resolved
 
 PREFLIGHT = "preflight"
 """Name of the errand's row and attempts."""
@@ -114,7 +114,7 @@ class Row(Model):
     gain: Real | None = None
     """Of a complete train stage: own held-out loss before minus after, in nats per token."""
     token: Annotated[str, Field(max_length=16)] = ""
-    """Attempt folder of the final model's artifact; empty in all other rows."""
+    """Attempt folder of the artifact, as far as known; prepare rows do without."""
     message: Annotated[str, Field(max_length=MESSAGE_LENGTH)] = ""
     """Why the last attempt ended badly."""
 
@@ -229,13 +229,13 @@ class Condition(Model):
 
 
 class Release(Model):
-    """What a run was accepted with and keeps."""
+    """What a run was accepted with and keeps. No defaults: they would change with an upgrade."""
 
-    image: str = ""
-    """Trainer image, unless spec.execution.image names one."""
-    task: int = TASK_SCHEMA
+    image: Annotated[str, Field(max_length=253)]
+    """Trainer image, unless spec.execution.image names one; empty for local processes."""
+    task: int
     """Version of Task that this image reads."""
-    kinds: dict[Kind, int] = VERSIONS
+    kinds: dict[Kind, int]
     """Version of each kind of stage."""
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from btx_api.spec import Policy
+from btx_api.spec import BTXRunSpec, Policy, Scheduling, overlay
 from btx_api.stage import Exit, Kind, Result
 from btx_api.status import ACTIVE, Invalid, Row, State, brief
 
@@ -52,6 +52,14 @@ def change(row: Row, **fields: Any) -> Row:
     return row.model_copy(update=fields)
 
 
+def scheduling_of(spec: BTXRunSpec, name: str) -> Scheduling:
+    """How the attempts of a stage run: its kind's block, overlaid by its expert's."""
+    kind, _, rest = name.partition("-")
+    block: Scheduling = getattr(spec.execution, kind)
+    own = next((e.execution for e in spec.experts if kind == Kind.TRAIN and e.name == rest), None)
+    return overlay(block, own)
+
+
 def step(row: Row, now: float) -> Step:
     """What the stage may do next, its inputs and its turn aside."""
     match row.state:
@@ -93,7 +101,14 @@ def begin(row: Row) -> Row:
 
 def stop(row: Row) -> Row:
     """Ask an active attempt to end; what it does from now on is not counted."""
-    return change(row, state=State.STOPPING) if row.state in ACTIVE else row
+    if row.state not in ACTIVE:
+        return row
+    return change(row, state=State.STOPPING if row.handle else State.PENDING)
+
+
+def late(row: Row) -> Row:
+    """Left out; an attempt that still runs is of no use."""
+    return change(_over(row, State.LATE), retry_time=None, waits_for="")
 
 
 def complete(row: Row, *, gain: float | None = None, token: str = "") -> Row:
@@ -199,7 +214,7 @@ def _words(code: int, result: Result) -> str:
 
 def _lost(row: Row, message: str, policy: Policy, now: float) -> Row:
     # The first time at once: the usual cause is that the engine itself was killed.
-    time = _after(row.lost, policy, now) if row.lost else math.ceil(now)
+    time = _after(row.lost, policy, now) if row.lost else int(now)
     return change(
         _over(row, State.BACK_OFF), lost=row.lost + 1, message=message, retry_time=time
     )

@@ -1,9 +1,9 @@
-"""The values between the engine and a backend: what it sees, what it wants done. No behaviour.
+"""The values between the engine and a backend: what it sees, and what it wants done.
 
 A backend makes Observed and carries out Decision; decide.py turns the one into the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -56,6 +56,19 @@ class Claim:
     created: float
     """Unix time of the other run's creation."""
     row: Row
+
+
+def index(claims: Iterable[Claim]) -> dict[str, tuple[Claim, ...]]:
+    """Claims by digest."""
+    found: dict[str, tuple[Claim, ...]] = {}
+    for claim in claims:
+        found[claim.row.digest] = (*found.get(claim.row.digest, ()), claim)
+    return found
+
+
+def storage_key(spec: BTXRunSpec) -> tuple[str, str]:
+    """Runs with the same key (and namespace) share artifacts, and see each other's claims."""
+    return spec.storage.endpoint or "", spec.storage.uri.rstrip("/")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

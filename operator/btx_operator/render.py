@@ -13,7 +13,7 @@ from btx_api.stage import Progress
 
 PLAIN_SECONDS = 15.0
 """Between two plain lines of a stage whose state does not change."""
-RUNNING, PENDING = "Running", "Pending"
+RUNNING, SILENT = "Running", ("Pending", "Starting")
 """States (status.State) that are shown in their own way: work goes on; nothing to tell yet."""
 HEADER = ("stage", "state", "step", "loss", "tokens", "tokens/s", "eta", "")
 UP, CLEAR_BELOW = "\x1b[{}A", "\x1b[J"
@@ -153,9 +153,10 @@ class Screen:
     def _is_news(self, line: Line) -> bool:
         """A stage's first line, a change of its state, or work worth a line by now."""
         key, state, now = (line.run, line.stage), f"{line.state} {line.note}", self.clock()
-        before, when = self.told.get(key, (f"{PENDING} ", now))
+        before, when = self.told.get(key, ("", now))
         working = line.state == RUNNING and line.progress is not None
-        if state == before and not (working and now - when >= PLAIN_SECONDS):
+        again = working and now - when >= PLAIN_SECONDS
+        if line.state in SILENT or (state == before and not again):
             return False
         self.told[key] = (state, now)
         return True

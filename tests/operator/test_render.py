@@ -89,9 +89,9 @@ def test_a_plain_line_names_run_stage_and_numbers():
 
 def test_plain_lines_come_with_a_change_and_now_and_then():
     """Waiting is silent, a change is told once, running work again after a while, rest never."""
-    stream, times = io.StringIO(), [0.0, 1.0, 14.0, 16.5, 17.0, 99.0]
+    stream, times = io.StringIO(), [0.0, 0.5, 1.0, 14.0, 16.5, 17.0, 99.0]
     show = screen(stream, times).show
-    for state in ("Pending", "Running", "Running", "Running", "Complete", "Complete"):
+    for state in ("Pending", "Starting", "Running", "Running", "Running", "Complete", "Complete"):
         progress = STEP if state == "Running" else None
         show([Line(run="r", stage="s", state=state, progress=progress)])
     states = [text.split()[1] for text in stream.getvalue().splitlines()]

@@ -4,11 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
-
 from btx_api.spec import Trainable
 from btx_trainer import routing
 from btx_trainer.errors import ConfigurationError
@@ -19,10 +14,13 @@ from btx_trainer.model import (
     freeze,
     load_model,
     new_model,
-    packed_inputs,
     parameter_groups,
     save_model,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
 
 EXPERTS, LAYERS, VOCABULARY = 4, 2, 64
 SIZES = {
@@ -51,9 +49,12 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 def tokens(length, seed=0):
     """A random document."""
-    return torch.randint(
-        0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def packed_inputs(documents):
+    """One sequence of several documents: input ids, and positions that start again at 0."""
+    return torch.cat(documents)[None], torch.cat([torch.arange(len(d)) for d in documents])[None]
 
 
 def tolerance(logits):
@@ -319,11 +320,14 @@ def test_frozen_tensors_stay_bit_identical(scope):
     experts = {name for name in before if ".mlp.experts." in name}
     assert len(routers) == LAYERS
     assert len(experts) == 2 * LAYERS
-    assert changed == {
-        Trainable.ALL: set(before),
-        Trainable.ALL_BUT_EXPERTS: set(before) - experts,
-        Trainable.ROUTER: routers,
-    }[scope]
+    assert (
+        changed
+        == {
+            Trainable.ALL: set(before),
+            Trainable.ALL_BUT_EXPERTS: set(before) - experts,
+            Trainable.ROUTER: routers,
+        }[scope]
+    )
 
 
 def test_matrices_decay_and_norms_do_not():

@@ -235,8 +235,8 @@ def _inputs(stage: Stage, execution: TaskExecution, store: Store) -> tuple[Artif
 
 def _make(work: Work) -> Result:
     stage, started = work.stage, time.monotonic()
-    run: Callable[[Work], Made] = importlib.import_module(f"btx_trainer.stages.{stage.kind}").run
     work.publish(Progress(phase="loading"))
+    run: Callable[[Work], Made] = importlib.import_module(f"btx_trainer.stages.{stage.kind}").run
     try:
         made = run(work)
         assert len(made.metrics) <= MAX_METRICS, made.metrics

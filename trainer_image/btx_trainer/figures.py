@@ -6,13 +6,18 @@ another one for each plot of a page. Called by report.py; nothing else imports m
 
 import io
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import count as count_from
+from itertools import cycle
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from btx_trainer.scores import Curve, Report, RoutingTable, Row
 from btx_trainer.sentences import count
@@ -26,8 +31,10 @@ _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", SURFACE: "surface"} | {
 }
 HEAT = (0.25, 0.52, 0.80)
 """Of the heatmaps, laid over the page with the share as opacity: legible in light and dark."""
+OPAQUE = 0.85
+"""Opacity of the largest share there can be; numbers stay legible on it."""
 MAX_NUMBERS = 16
-"""Layers, and experts, up to which a heatmap also prints its numbers."""
+"""Layers, and experts, up to which a heatmap prints its numbers, and its experts' names."""
 _STYLE = {
     "svg.fonttype": "none", "font.size": 9.5, "axes.edgecolor": RULE, "axes.linewidth": 0.8,
     "axes.labelcolor": MUTED, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED,
@@ -39,42 +46,47 @@ _STYLE = {
 }  # fmt: skip
 
 
-def changes(report: Report, name: str) -> str:
-    """A model's loss minus the seed's, by domain: gains on the left, forgetting on the right."""
-    names = [domain.name for domain in report.domains]
+def changes(models: Sequence[tuple[str, Row]], domains: Sequence[str], name: str) -> str:
+    """Loss minus that of the run's seed, by domain: gains on the left, forgetting on the right."""
+    others = [(title, row) for title, row in models if row.role != "seed"]
     with _style(name):
-        figure = Figure(figsize=(8.6, 1.1 + 0.5 * len(names)), layout="constrained")
+        figure = Figure(figsize=(8.6, 1.3 + 0.55 * len(domains)), layout="constrained")
         axes = figure.subplots()
-        others = [row for row in report.models if row.role != "seed"]
-        for i, row in enumerate(others):
-            marker, face, edge, size = _mark(report, row)
+        for i, (mark, (title, row)) in enumerate(zip(_marks(others), others, strict=True)):
             # Spread within the line, so that models with equal losses stay apart.
-            shift = 0.0 if len(others) == 1 else 0.5 * (i / (len(others) - 1) - 0.5)
+            shift = 0.6 * ((i + 0.5) / len(others) - 0.5)
+            known = [(line, row.scores[n]) for line, n in enumerate(domains) if n in row.scores]
             axes.scatter(
-                [row.scores[name].versus_seed for name in names],
-                [line + shift for line in range(len(names))],
-                marker=marker, facecolors=face, edgecolors=edge, s=size, linewidths=1.4,
-                label=row.title, zorder=3,
+                [score.versus_seed for _, score in known], [line + shift for line, _ in known],
+                label=title, linewidths=1.4, zorder=3, **mark,
             )  # fmt: skip
         axes.axvline(0, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="seed")
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(domains)), domains)
         axes.tick_params(axis="y", labelcolor=INK)
-        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_ylim(len(domains) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("loss minus the seed's, nats per token (left: gain; right: forgetting)")
-        figure.legend(loc="outside upper left", ncols=7, handletextpad=0.3, columnspacing=1.4)
+        _legend(figure, [title for title, _ in others])
         return _svg(figure, "Change of loss against the seed, by model and domain", name)
 
 
-def _mark(report: Report, row: Row) -> tuple[str, str, str, float]:
-    """Marker, face, edge, size."""
-    if row.role == "expert":
-        color = _color(report.experts.index(row))
-        return "o", color, color, 42
-    if row.role in ("final", "dense"):
-        return "D", INK, INK, 52
-    return ("s" if row.role == "soup" else "D"), "none", MUTED, 44
+def _marks(models: Sequence[tuple[str, Row]]) -> Iterator[dict[str, Any]]:
+    """Experts are coloured discs, what runs were for is solid, baselines are hollow."""
+    experts, results = count_from(0), cycle("DPX*")
+    for _, row in models:
+        if row.role == "expert":
+            yield {"marker": "o", "color": _color(next(experts)), "s": 42}
+        elif row.role in ("final", "dense"):
+            yield {"marker": next(results), "color": INK, "s": 56}
+        else:
+            marker = "s" if row.role == "soup" else "D"
+            yield {"marker": marker, "facecolors": "none", "edgecolors": MUTED, "s": 44}
+
+
+def _legend(figure: Figure, titles: Sequence[str]) -> None:
+    columns = max(1, 110 // (max(map(len, titles)) + 6))
+    figure.legend(loc="outside upper left", ncols=columns, handletextpad=0.4, columnspacing=1.4)
 
 
 def _color(index: int) -> str:
@@ -92,12 +104,13 @@ def curves(report: Report, name: str) -> str:
         for axes, (title, group) in zip(grid, panels, strict=True):
             for i, curve in enumerate(group):
                 _line(axes, curve, _color(i) if title else INK)
-            axes.set_title(title or " and ".join(curve.role for curve in group), color=INK)
+            axes.set_title(title or group[0].role, color=INK)
             axes.set_xlabel("tokens of this training")
             axes.xaxis.set_major_formatter(lambda value, _: count(value))
             axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
             axes.set_xlim(left=0)
-            axes.legend(loc="upper right")
+        if experts:
+            _legend(figure, [curve.label for curve in experts])
         grid[0].set_ylabel("training loss, nats per token")
         return _svg(figure, "Training loss over tokens", name)
 
@@ -110,18 +123,18 @@ def _line(axes: Axes, curve: Curve, color: str) -> None:
     smooth = np.convolve(curve.loss, kernel, "same") / np.convolve(
         np.ones(len(curve.loss)), kernel, "same"
     )
-    label = curve.label if curve.role == "expert" else curve.role
+    label = curve.label if curve.role == "expert" else None
     axes.plot(curve.tokens, smooth, color=color, linewidth=1.8, label=label)
 
 
 def heatmaps(table: RoutingTable, name: str) -> str:
     """Routing shares: one panel per domain, layers down, experts across."""
     names, layers = list(table.domains), len(table.layers)
-    columns = min(len(names), 4)
+    columns = min(len(names), 4 if len(table.experts) <= 8 else 2)
     rows = -(-len(names) // columns)
     high = max(1.1, min(0.3, 6 / layers) * layers) + 1.0
     with _style(name):
-        figure = Figure(figsize=(8.6, rows * high), layout="constrained")
+        figure = Figure(figsize=(8.6, rows * high), layout=_spaced())
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for axes, domain in zip(grid, names, strict=False):
             _panel(axes, table, domain)
@@ -133,18 +146,24 @@ def heatmaps(table: RoutingTable, name: str) -> str:
         return _svg(figure, label, name)
 
 
+def _spaced() -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(wspace=0.05, hspace=0.08)
+
+
 def _panel(axes: Axes, table: RoutingTable, domain: str) -> None:
     shares = np.array(table.domains[domain])
     layers, experts = shares.shape
     most = 1 / table.k if table.unit == "slots" else 1.0
     image = np.empty((layers, experts, 4))
     image[..., :3] = HEAT
-    image[..., 3] = np.clip(shares / most, 0, 1)
+    image[..., 3] = OPAQUE * np.clip(shares / most, 0, 1)
     axes.imshow(image, aspect="auto", interpolation="none")
     axes.set_title(domain, color=INK)
-    slant = experts > 6 or max(map(len, table.experts)) > 7
-    axes.set_xticks(range(experts), table.experts, rotation=40 if slant else 0,
-                    ha="right" if slant else "center", rotation_mode="anchor")  # fmt: skip
+    if experts <= MAX_NUMBERS:
+        upright = experts > 6 or max(map(len, table.experts)) > 7
+        axes.set_xticks(range(experts), table.experts, rotation=90 if upright else 0)
+    else:
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
     axes.yaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
     axes.grid(visible=False)
     for side in axes.spines.values():
@@ -168,9 +187,11 @@ def _svg(figure: Figure, label: str, name: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # The fonts of the page, and ids that several plots of one page do not share.
-    text = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", text)
-    text = re.sub(r'(id="|url\(#|href="#)', rf"\1{name}-", text)
+    # The fonts of the page, and of all ids those in use, under names that no other plot has.
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\1{name}-", text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var(--{variable})")
     size = re.search(r'viewBox="[^"]*"', text)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from btx_api.spec import Source, Storage
 
-from btx_trainer.sources import list_files
+from btx_trainer.sources import ending, list_files
 from btx_trainer.storage import MODEL_FILES, Head, Store
 
 SETTLED_SECONDS = 2
@@ -54,7 +54,7 @@ def fingerprint_source(source: Source, storage: Storage) -> str:
     """
     files = list_files(source, storage)
     heads = [head for _, _, head in files]
-    endings = [os.path.splitext(head.key)[1] for head in heads]
+    endings = [ending(head.key) for head in heads]
     contents = _contents(files[0][0], heads)
     return _digest(f"{e} {c}" for e, c in zip(endings, contents, strict=True))
 

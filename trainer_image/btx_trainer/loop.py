@@ -30,7 +30,7 @@ from btx_trainer.checkpoint import Checkpoint, Checkpoints
 from btx_trainer.data import Batch, Sampler, held_out_batches
 from btx_trainer.distributed import Compute, set_up
 from btx_trainer.errors import ConfigurationError, PreemptedError, TrainerError
-from btx_trainer.model import IGNORED, chunked_cross_entropy, forward_hidden, load_model, save_model
+from btx_trainer.model import chunked_cross_entropy, forward_hidden, load_model, save_model
 from btx_trainer.routing import (
     BalanceTerms,
     DeadExperts,
@@ -135,6 +135,8 @@ def train(work: Work, job: Job) -> Made:
             if job.router_data:
                 init_domain_mean(job.model, job.router_data)
                 run.measure("loss_after_init")
+        if work.execution.scheduling.compile:
+            _compile(job.model)
         due = time.monotonic() + interval
         while run.step < job.data.steps:
             run.note(_step(job, run.optimizer, run.step), checkpoints.committed)
@@ -152,6 +154,14 @@ def train(work: Work, job: Job) -> Made:
     checkpoints.wait()
     _put(work, job, run.history)
     return Made(metrics=run.headlines(), resumed_step=resumed)
+
+
+def _compile(model: PreTrainedModel) -> None:
+    """Block by block, so that one compilation serves all layers; after the router's start, whose
+    rules would each compile anew.
+    """
+    for layer in model.model.layers:
+        layer.compile()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,20 +204,20 @@ def _gradients(job: Job, step: int) -> tuple[Tensor, float | None, list[list[flo
     The micro-batch changes no more than rounding: the loss is divided by the targets of the whole
     batch, and the balancing loss is of the whole batch, by a first pass without gradient.
     """
-    parts = _parts(job, job.data.batch(step))
-    targets = sum((labels != IGNORED).sum() for _, _, labels in parts)
+    batch = job.data.batch(step)
+    parts = parts_of(batch, job)
     whole = _whole_terms(job, parts, step) if len(parts) > 1 and job.alpha else None
     total, terms, counts = torch.zeros((), device=job.compute.device), [], []
     for ids, positions, labels in parts:
         hidden, layers = _hidden(job, ids, positions, step)
-        loss = _nll(job, hidden, labels) / targets
+        loss = _nll(job, hidden, labels) / batch.targets
         total += loss.detach()
         if layers:
             part = balance_terms(layers)
             loss = loss + balancing_share(part, whole or part.all_reduced(), job.alpha)
             terms.append(part.all_reduced())
             counts.append(slot_counts(layers)[0])
-        loss.backward()
+        torch.autograd.backward(loss)
     if not terms:
         return total, None, []
     balance = balancing_loss(reduce(add, terms), alpha=1.0) / len(counts[0])
@@ -221,9 +231,10 @@ def _whole_terms(job: Job, parts: Sequence[Part], step: int) -> BalanceTerms:
     return reduce(add, map(balance_terms, layers)).all_reduced()
 
 
-def _parts(job: Job, batch: Batch) -> list[Part]:
+def parts_of(batch: Batch, job: Job) -> list[Part]:
+    """Micro-batches on the device."""
     arrays = (batch.input_ids, batch.position_ids, batch.labels)
-    pieces = (job.compute.tensor(array).split(job.micro_batch) for array in arrays)
+    pieces = (torch.split(job.compute.tensor(array), job.micro_batch) for array in arrays)
     return list(zip(*pieces, strict=True))
 
 
@@ -247,10 +258,10 @@ def held_out_loss(job: Job, batches: Iterable[Batch]) -> float | None:
     job.model.eval()
     nats, targets = 0.0, 0
     for batch in batches:
-        for ids, positions, labels in _parts(job, batch):
+        targets += batch.targets
+        for ids, positions, labels in parts_of(batch, job):
             hidden = _hidden(job, ids, positions, 0)[0]
             nats += _nll(job, hidden, labels).item()
-            targets += int((labels != IGNORED).sum())
     job.model.train()
     return nats / targets if targets else None
 
@@ -292,11 +303,13 @@ class _Run:
             raise PreemptedError("", f"asked to stop after step {self.step}")
 
     def measure(self, name: str) -> None:
-        """The mean over the held-out splits of the domains; no metric if there are none."""
+        """The mean over the held-out splits of the domains; no metric if all are empty."""
         losses = [held_out_loss(self._job, self._watched(split)) for split in self._job.held_out]
         known = [loss for loss in losses if loss is not None]
         if known:
             self.metrics[name] = sum(known) / len(known)
+            if not math.isfinite(self.metrics[name]):
+                raise TrainerError(f"step {self.step}", "the held-out loss is not finite")
 
     def _watched(self, split: Prepared) -> Iterator[Batch]:
         recipe = self._job.recipe

@@ -6,7 +6,7 @@ by the loop, and by the demo's seed helper.
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -116,20 +116,11 @@ def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> list
     return sorted(path.name for path in folder.iterdir())
 
 
-def packed_inputs(documents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """One sequence of several documents: input_ids and position_ids, [1, sum of lengths].
-
-    Positions that start again at 0 are what keeps documents from seeing each other.
-    """
-    positions = [torch.arange(len(document), device=document.device) for document in documents]
-    return torch.cat(list(documents))[None], torch.cat(positions)[None]
-
-
 def forward_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Final hidden states, after the last norm, [sequences, length, hidden]; no cache, no mask.
 
-    A cache (on by default) or an attention mask would let packed documents see each other, without
-    a warning (trainer.md 1.5).
+    Packed documents cannot see each other if the positions of each start again at 0. A cache (on
+    by default) or an attention mask would let them, without a warning (trainer.md 1.5).
     """
     output = model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     hidden: Tensor = output.last_hidden_state

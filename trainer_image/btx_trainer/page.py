@@ -27,7 +27,7 @@ def page(runs: Runs) -> str:
         _header(runs, table),
         _section("What the numbers say", _said(runs)),
         _section("Held-out loss", _losses(table)),
-        _section("Gain and forgetting", _each(runs, _changes)),
+        _section("Gain and forgetting", _changes(table)),
         _section("Training", _each(runs, _training)),
         _section("Routing", _each(runs, _routing)),
         _section("How it was measured", _each(runs, _method)),
@@ -56,12 +56,13 @@ def _section(title: str, body: str) -> str:
 
 
 def _each(runs: Runs, body: Callable[[Report, str], str]) -> str:
-    """One part per run, under its name when there are several; the body gets a prefix for ids."""
-    parts = []
-    for i, (name, report) in enumerate(runs):
-        if text := body(report, f"run{i}"):
-            parts.append(f"<h3>{_e(name)}</h3>\n{text}" if len(runs) > 1 else text)
-    return "\n".join(parts)
+    """One part per run, under its name unless all are alike; the body gets a prefix for ids."""
+    texts = [body(report, f"run{i}") for i, (_, report) in enumerate(runs)]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "\n".join(
+        f"<h3>{_e(name)}</h3>\n{text}" for (name, _), text in zip(runs, texts, strict=True) if text
+    )
 
 
 def _table(header: Sequence[str], rows: Iterable[tuple[str, Sequence[Cell]]], caption: str) -> str:
@@ -73,8 +74,8 @@ def _table(header: Sequence[str], rows: Iterable[tuple[str, Sequence[Cell]]], ca
     head = "".join(f'<th scope="col">{_e(name)}</th>' for name in header)
     body = "\n".join(lines).replace(' class=""', "")
     return (
-        f'<div class="scroll"><table>\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>'
-        f"\n<tbody>\n{body}\n</tbody>\n</table></div>"
+        f'<div class="scroll"><table>\n<caption><span>{caption}</span></caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
     )
 
 
@@ -155,38 +156,43 @@ def _other(table: Table, title: str, value: Callable[[Score], str], caption: str
     return _details(title, _table(["model", *table.domains], rows, caption))
 
 
-def _changes(report: Report, prefix: str) -> str:
-    names = [domain.name for domain in report.domains]
+def _changes(table: Table) -> str:
     rows = []
-    for line in loss_table([("", report)]).lines:
+    for line in table.lines:
         if line.row is None or line.row.role == "seed":
             continue
-        cells = [("", _e(line.title))]
-        for score in (line.row.scores[name] for name in names):
-            change = round(score.versus_seed, 3)
-            kind = "good" if change < 0 else "bad" if change > 0 else ""
-            gap = "" if score.gap_closed is None else f" · {score.gap_closed:.0%}"
-            cells.append((kind, signed(change) + gap.replace("-", "−")))
-        rows.append((_kind(line), cells))
+        scores = [line.row.scores.get(name) for name in table.domains]
+        rows.append((_kind(line), [("", _e(line.title)), *map(_change, scores)]))
     caption = (
         "Loss minus the seed's, nats per token; then the share of the gap between the seed and "
-        "the domain's own expert that the model closes (the expert itself: 100 %), where there "
-        "is one."
+        "the domain's own expert that the model closes (the expert itself: 100%), where there is "
+        "such an expert and a gap."
     )
     figure = _figure(
-        figures.changes(report, f"{prefix}-changes"),
-        "Loss of each model minus the seed's on the same tokens: left of the dashed line a model "
-        "gained on the domain, right of it it forgot.",
+        figures.changes(table.models, table.domains, "changes"),
+        "Loss of each model minus that of its run's seed on the same tokens: left of the dashed "
+        "line a model gained on the domain, right of it it forgot.",
     )
-    return figure + _details("The same in numbers", _table(["model", *names], rows, caption))
+    numbers = _table(["model", *table.domains], rows, caption)
+    return figure + _details("The same in numbers", numbers)
+
+
+def _change(score: Score | None) -> Cell:
+    if score is None:
+        return "", "–"
+    change = round(score.versus_seed, 3)
+    gap = "" if score.gap_closed is None else f" · {score.gap_closed:.0%}".replace("-", "−")
+    return "good" if change < 0 else "bad" if change > 0 else "", signed(change) + gap
 
 
 def _training(report: Report, prefix: str) -> str:
-    caption = (
-        "Loss on the training data without the balancing loss, as logged (thin) and averaged over "
-        "neighbours (thick). Each expert sees its own domain only, so their levels differ."
-    )
-    return _figure(figures.curves(report, f"{prefix}-curves"), caption) if report.curves else ""
+    if not report.curves:
+        return ""
+    caption = "Loss on the training data without the balancing loss, as logged (thin) and averaged "
+    caption += "over neighbours (thick)."
+    if report.experts:
+        caption += " Each expert sees its own domain only, so their levels differ."
+    return _figure(figures.curves(report, f"{prefix}-curves"), caption)
 
 
 def _routing(report: Report, prefix: str) -> str:
@@ -242,11 +248,11 @@ def _deviations(report: Report, _: str) -> str:
 
 def _lineage(report: Report, _: str) -> str:
     found = [(row.title, row.origin) for row in report.models]
-    found += [(f"domain {domain.name}", domain.origin) for domain in report.domains]
+    found += [(f"held-out {domain.name}", domain.origin) for domain in report.domains]
     rows: list[tuple[str, Sequence[Cell]]] = [
-        ("", [("", _e(title)), ("text", f"<code>{_e(origin)}</code>")])
+        ("", [("", _e(title)), ("", f"<code>{_e(origin)}</code>")])
         for title, origin in found
         if origin
     ]
     caption = "What was read: artifacts by kind and digest, models from outside by their content."
-    return _table(["", "origin"], rows, caption) if rows else ""
+    return _table(["", "read from"], rows, caption) if rows else ""

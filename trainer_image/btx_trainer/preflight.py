@@ -14,14 +14,13 @@ from typing import Any
 
 from btx_api.methods import Graph, Members, graph
 from btx_api.names import run_record
-from btx_api.spec import GENERAL, BTXRunSpec, Method, Storage
+from btx_api.spec import GENERAL, BTXRunSpec, Method
 from btx_api.stage import Corrupt, Parameters, Preflight, Resolved, Stage
 
 from btx_trainer.artifacts import Artifact, find
 from btx_trainer.errors import CorruptInputError, TrainerError
 from btx_trainer.families import (
     Dense,
-    FamilyError,
     TensorSpec,
     check_dtypes,
     check_member,
@@ -37,12 +36,12 @@ from btx_trainer.fingerprint import (
     tokenizer_key,
 )
 from btx_trainer.storage import Head, Store, open_outside, open_store
-from btx_trainer.weights import WeightsError, open_checkpoint
+from btx_trainer.tokenizer import ByteTokenizer
+from btx_trainer.weights import open_checkpoint
 
 MAX_FINGERPRINTS = 96
 """Of domains and ready experts together, so that the answer fits a termination message."""
 LOOKUPS = 16
-BYTE_IDS = 260
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,13 +66,17 @@ class _Checks:
         """What goes wrong inside is a problem of this field."""
         try:
             yield
-        except (FamilyError, WeightsError, OSError, ValueError, TrainerError) as error:
+        except TrainerError as error:
+            # `seed.uri config.json` is at home below `seed.uri`; another URI or path is not.
+            place, text = error.problem.field, error.problem.message
+            text = f"{place.removeprefix(path)}: {text}" if place.startswith(path) else text
+        except OSError as error:
+            text = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        except ValueError as error:
             text = str(error)
-            if isinstance(error, OSError) and error.filename:
-                text = f"{error.strerror}: {error.filename}"
-            if isinstance(error, TrainerError):
-                text = error.problem.message
-            self.problems.append(f"{path}: {text.removeprefix(path).lstrip(' :')}")
+        else:
+            return
+        self.problems.append(f"{path}: {text.lstrip(' :')}")
 
 
 def preflight(asked: Preflight) -> Resolved:
@@ -156,25 +159,28 @@ def _ready(spec: BTXRunSpec, seed: _Model | None, checks: _Checks) -> list[str]:
     """Fingerprints of ready experts, each compared with the seed."""
     found = []
     for i, expert in enumerate(spec.experts):
-        if expert.model is None:
-            continue
-        path = f"experts[{i}].model"
-        model = _model(spec, expert.model, path, checks)
-        if model and seed:
-            with checks.at(path):
-                check_member(seed.dense, model.dense, path)
-                check_dtypes(seed.tensors, model.tensors, path)
-                if seed.tokenizer and model.tokenizer:
-                    _compare_tokenizers(seed.tokenizer, model.tokenizer)
-        found.append(model.fingerprint if model else "")
+        if expert.model is not None:
+            path = f"experts[{i}].model"
+            model = _model(spec, expert.model, path, checks)
+            if model and seed:
+                _compare(seed, model, path, checks)
+            found.append(model.fingerprint if model else "")
     return found
+
+
+def _compare(seed: _Model, model: _Model, path: str, checks: _Checks) -> None:
+    with checks.at(path):
+        check_member(seed.dense, model.dense, path)
+        check_dtypes(seed.tensors, model.tensors, path)
+        if seed.tokenizer and model.tokenizer:
+            _compare_tokenizers(seed.tokenizer, model.tokenizer)
 
 
 def _tokenizer(spec: BTXRunSpec, seed: _Model | None, checks: _Checks) -> str:
     """Fingerprint of the tokenizer that prepare uses; its ids must fit the seed's vocabulary."""
     uri, data = spec.prepare.tokenizer, None
     with checks.at("prepare.tokenizer"):
-        ids = BYTE_IDS
+        ids = ByteTokenizer.vocab_size
         if uri == "seed":
             data = seed.tokenizer if seed else None
             if seed and data is None:

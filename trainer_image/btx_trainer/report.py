@@ -14,7 +14,9 @@ from btx_trainer.scores import Report
 from btx_trainer.sentences import compare, count, listed, sentences
 from btx_trainer.table import Runs, Table, loss_table
 
-__all__ = ["SUMMARY", "Report", "Runs", "card", "compare", "render", "sentences", "text_table"]
+__all__ = [
+    "SUMMARY", "Report", "Runs", "card", "compare", "render", "sentences", "text_table", "title",
+]  # fmt: skip
 
 SUMMARY = "summary.txt"
 """Beside report.html: the table and the sentences, for a terminal."""
@@ -44,6 +46,11 @@ def all_sentences(runs: Runs) -> list[str]:
         prefix = f"{name}: " if len(runs) > 1 else ""
         found += [prefix + sentence for sentence in sentences(report)]
     return found
+
+
+def title(report: Report) -> str:
+    """Of a report that has no run's name."""
+    return f"{report.method} on {listed(domain.name for domain in report.domains)}"
 
 
 def text_table(runs: Runs) -> str:
@@ -131,9 +138,9 @@ def _limits(report: Report) -> list[str]:
 def _loading(report: Report) -> list[str]:
     if report.tokenizer == "bytes":
         return [
-            "import transformers",
+            "import torch, transformers",
             'model = transformers.AutoModelForCausalLM.from_pretrained("path/to/the/model")',
-            'print(model.generate(model.dummy_inputs["input_ids"]))',
+            'print(model.generate(torch.tensor([list(b"bytes are tokens")]), max_new_tokens=64))',
         ]
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -280,11 +280,6 @@ def shares(counts: Tensor) -> Tensor:
     return counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
-def entropy(load: Tensor) -> Tensor:
-    """Of shares [..., experts], in nats; ln N when all experts are loaded alike."""
-    return torch.xlogy(load, load).sum(-1).neg()
-
-
 class ExpertEvent(NamedTuple):
     """An expert died or came back."""
 

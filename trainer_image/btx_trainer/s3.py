@@ -22,11 +22,15 @@ from btx_trainer.storage import READ_BYTES, Conflict, Head, Sink, Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, ObjectTypeDef
 
 PART_BYTES = 32 * 2**20
 """Of a multipart upload; 10,000 parts at the most, so objects up to 320 GB."""
 UPLOADS_AHEAD = 4
+
+
+class _PastEnd(OSError):
+    """A range that begins at the end or behind it."""
 
 
 class _At(TypedDict):
@@ -75,6 +79,8 @@ class S3Store(Store):
                 raise FileNotFoundError(errno.ENOENT, code or "absent", self.uri(key)) from error
             if status in (401, 403):
                 raise PermissionError(errno.EACCES, code or "denied", self.uri(key)) from error
+            if status == 416:
+                raise _PastEnd(errno.EINVAL, code, self.uri(key)) from error
             raise OSError(f"{self.uri(key)}: {code} ({status})") from error
         except BotoCoreError as error:
             raise OSError(f"{self.uri(key)}: {error}") from error
@@ -105,8 +111,11 @@ class S3Store(Store):
             wanted["Range"] = f"bytes={start}-{end}"
         if tag:
             wanted["IfMatch"] = f'"{tag}"'
-        with self.translated(key):
-            return self._client.get_object(**wanted)["Body"].read()
+        try:
+            with self.translated(key):
+                return self._client.get_object(**wanted)["Body"].read()
+        except _PastEnd:
+            return b""
 
     def open(self, key: str) -> BinaryIO:
         head = self.head(key)
@@ -119,12 +128,15 @@ class S3Store(Store):
             Bucket=self._bucket, Prefix=self._prefix + prefix
         )
         with self.translated(prefix):
-            for page in pages:
-                for item in page.get("Contents", []):
-                    yield Head(
-                        key=item["Key"].removeprefix(self._prefix), size=item["Size"],
-                        modified=item["LastModified"].timestamp(), tag=item["ETag"].strip('"'),
-                    )  # fmt: skip
+            heads = [self._head(item) for page in pages for item in page.get("Contents", [])]
+        # Servers on a file system list folder by folder: "a/b" before "a-b".
+        yield from sorted(heads, key=lambda head: head.key)
+
+    def _head(self, item: ObjectTypeDef) -> Head:
+        return Head(
+            key=item["Key"].removeprefix(self._prefix), size=item["Size"],
+            modified=item["LastModified"].timestamp(), tag=item["ETag"].strip('"'),
+        )  # fmt: skip
 
     def put(self, key: str, data: bytes, *, if_none_match: bool = False, if_match: str = "") -> str:
         extra: dict[str, Any] = {"IfNoneMatch": "*"} if if_none_match else {}

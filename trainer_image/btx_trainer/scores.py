@@ -25,7 +25,8 @@ class Sums:
 
     loss: float
     tokens: int
-    bytes: int
+    bytes: float
+    """Of text; a share of them where a document is cut."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,7 +248,7 @@ def tabulate(
     domains = tuple(
         Domain(
             name=column.name, origin=origin.get(column.input, ""),
-            tokens=seed.sums[column.name].tokens, bytes=seed.sums[column.name].bytes,
+            tokens=seed.sums[column.name].tokens, bytes=round(seed.sums[column.name].bytes),
             expert=column.name if column.name in names else "",
         )
         for column in recipe.columns

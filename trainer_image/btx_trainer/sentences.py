@@ -111,14 +111,16 @@ def _oracle(report: Report) -> Iterator[str]:
     names = list(report.oracle)
     oracle = sum(report.oracle.values()) / len(names)
     seed, result = report.seed.mean(names), report.result.mean(names)
+    difference = _difference(result, oracle)
+    side = f"{abs(difference):.3f} {'lower (better)' if difference < 0 else 'higher (worse)'}"
     text = (
         f"The oracle, each expert on its own domain and so no single model, has a mean of "
-        f"{oracle:.3f} over {listed(names)}; {_subject(report.result)} with {result:.3f} is "
-        f"{_against(result, {'it': oracle})}"
+        f"{oracle:.3f} over {listed(names)}; {_subject(report.result)}, {result:.3f} there, is "
+        f"{side if difference else 'level with it'}"
     )
     gap, closed = _difference(seed, oracle), _difference(seed, result)
     if gap > 0 and closed >= 0:
-        text += f", having closed {closed / gap:.0%} of the gap between seed and oracle"
+        text += f", having closed {closed / gap:.0%} of the gap from the seed ({seed:.3f})"
     elif gap > 0:
         text += f", further from it than the seed ({seed:.3f})"
     yield text + "."
@@ -283,8 +285,8 @@ def _effort(reports: Sequence[tuple[str, Report]]) -> list[str]:
             text += f", of which a token uses {count(row.active_parameters)}"
         if report.curves:
             total, chain = training_tokens(report)
-            text += f"; trained on {count(total)} tokens in all, {count(chain)} of them one after"
-            text += " another at the longest"
+            text += f"; it took {count(total)} tokens of training, {count(chain)} of them in the"
+            text += " longest chain of trainings that wait for each other"
         found.append(text + ".")
     return found
 

@@ -29,6 +29,7 @@ from pydantic import Field, ValidationError
 
 from btx_trainer.errors import ConfigurationError
 from btx_trainer.storage import Sink
+from btx_trainer.tokenizer import Tokenizer
 
 FILE_BYTES = 256 << 20
 """Size of a full token file."""
@@ -56,8 +57,8 @@ class SourceIndex(Model):
     """Records left out, see sources.Lost."""
 
     @property
-    def read(self) -> int:
-        """Records in all."""
+    def records(self) -> int:
+        """Read in all."""
         return self.documents + self.held_out + self.empty + self.undecodable + self.oversized
 
 
@@ -123,7 +124,7 @@ class Encoded:
     """Records left out, by sources.Lost."""
 
 
-class _TokenWriter(AbstractContextManager["_TokenWriter"]):
+class _TokenWriter:
     """Writes the token files of one stream."""
 
     def __init__(self, out: Out, stream: str, dtype: str) -> None:
@@ -141,9 +142,9 @@ class _TokenWriter(AbstractContextManager["_TokenWriter"]):
             self.total += len(part)
             tokens = tokens[len(part) :]
             if self.total % self._full == 0:
-                self.__exit__(None)
+                self.close()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def close(self, kind: type[BaseException] | None = None) -> None:
         if self._sink:
             self._sink.__exit__(kind)
         self._sink = None
@@ -182,7 +183,7 @@ class SourceWriter(AbstractContextManager["SourceWriter"]):
         return SourceIndex(weight=self._weight, tokens=self._tokens.total, **self._counts)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._tokens.__exit__(kind)
+        self._tokens.close(kind)
         self._starts.__exit__(kind)
         if kind is None:
             self._writer.add(self.index, self._held)
@@ -191,9 +192,10 @@ class SourceWriter(AbstractContextManager["SourceWriter"]):
 class Writer(AbstractContextManager["Writer"]):
     """Writes an artifact, source by source. Memory: 32 bytes per held-out document."""
 
-    def __init__(self, out: Out, vocab_size: int) -> None:
-        self.out = out
-        self.dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    def __init__(self, out: Out, tokenizer: Tokenizer) -> None:
+        self.out, self._tokenizer = out, tokenizer
+        small = tokenizer.vocab_size <= 1 << 16
+        self.dtype: Literal["uint16", "uint32"] = "uint16" if small else "uint32"
         self.held = _TokenWriter(out, HELD_OUT, self.dtype)
         self._sources: list[SourceIndex] = []
         self._tables: list[Int64] = []
@@ -203,35 +205,32 @@ class Writer(AbstractContextManager["Writer"]):
         """The next source; a context."""
         return SourceWriter(self, len(self._sources), weight)
 
-    def add(
-        self, index: SourceIndex, held: Sequence[tuple[Int64, npt.NDArray[np.uint64]]] = ()
-    ) -> None:
-        """A finished source, or one that is not read, with its held-out documents."""
+    def add(self, index: SourceIndex, held: Sequence[tuple[Int64, npt.NDArray[np.uint64]]]) -> None:
+        """A finished source with its held-out documents."""
         self._sources.append(index)
         if not held:
             return
         table = np.concatenate([rows for rows, _ in held])
         order = np.argsort(np.concatenate([hashes for _, hashes in held]), kind="stable")
         table = table[order]
+        # Its turn comes when its source has given as much of its share as the others of theirs.
         before = np.cumsum(table[:, 1]) - table[:, 1]
         self._tables.append(table)
         self._turns.append(before / index.weight)
 
-    def finish(
-        self, *, tokenizer: Literal["bytes", "file"], vocab_size: int, eos: int,
-        specials: Sequence[int],
-    ) -> Index:  # fmt: skip
+    def finish(self) -> Index:
         """Writes the held-out table and shards.json; returns the latter."""
-        self.held.__exit__(None)
+        self.held.close()
         rows = np.zeros((0, 3), np.int64)
         if self._tables:
             order = np.argsort(np.concatenate(self._turns), kind="stable")
             rows = np.concatenate(self._tables)[order]
             with self.out.sink(documents_file(HELD_OUT)) as sink:
                 sink.write(rows.astype("<i8").tobytes())
+        tokenizer = self._tokenizer
         index = Index(
-            tokenizer=tokenizer, vocab_size=vocab_size, dtype=self.dtype, eos=eos,
-            specials=tuple(specials), sources=tuple(self._sources),
+            tokenizer=tokenizer.kind, vocab_size=tokenizer.vocab_size, dtype=self.dtype,
+            eos=tokenizer.eos, specials=tokenizer.specials, sources=tuple(self._sources),
             held_out=HeldOutIndex(
                 tokens=self.held.total, documents=len(rows), bytes=int(rows[:, 2].sum())
             ),
@@ -241,7 +240,7 @@ class Writer(AbstractContextManager["Writer"]):
         return index
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.held.__exit__(kind)
+        self.held.close(kind)
 
 
 class TokenStream:
@@ -259,7 +258,7 @@ class TokenStream:
 
     @cached_property
     def _files(self) -> list[Tokens]:
-        return [np.memmap(path, self._type, "r") for path in self._paths]
+        return [np.asarray(np.memmap(path, self._type, "r")) for path in self._paths]
 
     def tokens(self, start: int, stop: int) -> Int64:
         """int64 [stop - start], 0 <= start <= stop <= total."""
@@ -287,7 +286,7 @@ class SourceShards(TokenStream):
 
     @cached_property
     def _starts(self) -> Int64:
-        return np.memmap(self._path, "<i8", "r")
+        return np.asarray(np.memmap(self._path, "<i8", "r"))
 
     def starts(self, start: int, stop: int) -> Int64:
         """Where documents start, start <= position < stop, ascending."""

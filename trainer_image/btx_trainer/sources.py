@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import BinaryIO
+from posixpath import splitext
+from typing import BinaryIO, Self
 
 import pyarrow
 import pyarrow.parquet
@@ -23,10 +24,10 @@ from btx_trainer.storage import Head, Store, open_outside
 CHUNK_BYTES = 1 << 20
 """About so much text is one chunk: enough to be worth a thread's while, little to hold."""
 PIECE_BYTES = 16 << 10
-"""Plain text: from here on a document ends at a blank line, from twice this at any line's end.
+"""A plain text of up to twice this is one document; of a longer one, a document ends at the first
+blank line from here on, from twice this on at the end of a line.
 
-One file is one document, but a few long files must not make a held-out split impossible. Part of
-the kind's version.
+Few long files must not make a held-out split impossible. Part of the kind's version.
 """
 MAX_ROWS = 8192
 """Parquet: at most so many rows are decoded at once."""
@@ -35,6 +36,9 @@ _TEXT_TYPES = (
     pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view(),
 )  # fmt: skip
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+_FORMATS = {
+    "jsonl": SourceFormat.JSONL, "json": SourceFormat.JSONL, "parquet": SourceFormat.PARQUET,
+}  # fmt: skip
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _BOM = b"\xef\xbb\xbf"
 
@@ -56,8 +60,6 @@ class Lost(StrEnum):
 class Chunk:
     """Some records of one source, in the order of its files."""
 
-    source: int
-    """Index of the source within its domain."""
     field: str
     """JSONL: the field that holds the text; empty: a blob is the text of one record."""
     blobs: list[bytes]
@@ -114,9 +116,7 @@ def _segment(glob: str) -> str:
     return visible + "[^/]*".join(map(re.escape, re.split(r"\*+", glob)))
 
 
-def chunks(
-    source: int, files: Iterable[Listed], shape: SourceShape, max_record_bytes: int
-) -> Iterator[Chunk]:
+def chunks(files: Iterable[Listed], shape: SourceShape, max_record_bytes: int) -> Iterator[Chunk]:
     """Cuts files into chunks of about CHUNK_BYTES; where depends on the bytes alone.
 
     ConfigurationError names a file that is not what its ending says.
@@ -124,53 +124,74 @@ def chunks(
     for store, key, _ in files:
         format = _format(shape, key)
         field = shape.field if format is SourceFormat.JSONL else ""
-        with store.open(key) as raw, _Problems(store.uri(key)):
+        with store.open(key) as raw, _File(raw, store.uri(key)) as file:
             if format is SourceFormat.PARQUET:
-                blobs = _values(raw, store.uri(key), shape.field)
+                blobs = _values(file, shape.field)
             else:
                 cut = _lines if format is SourceFormat.JSONL else _pieces
-                blobs = cut(_plain(raw, key), max_record_bytes)
+                blobs = cut(_plain(file, key), max_record_bytes)
             start = 0
             for group, lost in _grouped(blobs):
-                stop = raw.tell()
-                yield Chunk(source=source, field=field, blobs=group, lost=lost, stored=stop - start)
+                stop = file.tell()
+                yield Chunk(field=field, blobs=group, lost=lost, stored=stop - start)
                 start = stop
 
 
-class _Problems:
-    """Turns what the decoders of one file raise into a ConfigurationError naming the file."""
+class _File:
+    """A file as decoders see it; what they raise becomes a ConfigurationError naming the file.
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    Errors of reading itself pass: the storage may heal. Arrow raises OSError for both.
+    """
 
-    def __enter__(self) -> None: ...
+    closed = False
+
+    def __init__(self, raw: BinaryIO, where: str) -> None:
+        self._raw, self.where, self._failed = raw, where, False
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
-        # Arrow's own OSErrors have no number; the storage's pass, they may heal.
-        broken = ("zlib", "ZSTD", "Truncated compressed")
-        ours = isinstance(error, OSError) and str(error).startswith(broken)
-        if ours or isinstance(error, pyarrow.ArrowException):
+        # Arrow's message may go on with a stack of its own.
+        if isinstance(error, OSError | pyarrow.ArrowException) and not self._failed:
             line = (str(error).splitlines() or ["unknown"])[0]
             raise ConfigurationError(self.where, f"cannot be read: {line}") from error
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._raw.read(size)
+        except OSError:
+            self._failed = True
+            raise
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def close(self) -> None:
+        """Arrow closes what it has read to the end; the owner is `chunks`."""
+
+
+def ending(key: str) -> str:
+    """What of a name decides how the file is read: `.jsonl.gz`."""
+    name, last = splitext(key)
+    return splitext(name)[1] + last if last in _COMPRESSION else last
 
 
 def _format(shape: SourceShape, key: str) -> SourceFormat:
     if shape.format is not SourceFormat.AUTO:
         return shape.format
-    for ending in _COMPRESSION:
-        key = key.removesuffix(ending)
-    if key.endswith((".jsonl", ".json")):
-        return SourceFormat.JSONL
-    return SourceFormat.PARQUET if key.endswith(".parquet") else SourceFormat.TEXT
+    return _FORMATS.get(ending(key).lstrip(".").split(".")[0], SourceFormat.TEXT)
 
 
-def _plain(raw: BinaryIO, key: str) -> Callable[[int], bytes]:
+def _plain(file: _File, key: str) -> Callable[[int], bytes]:
     """Reads a file, decompressed by its ending."""
-    for ending, kind in _COMPRESSION.items():
-        if key.endswith(ending):
-            stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), kind)
-            return stream.read  # type: ignore[no-any-return]  # pyarrow has no types
-    return raw.read
+    if kind := _COMPRESSION.get(splitext(key)[1]):
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), kind)
+        return stream.read  # type: ignore[no-any-return]  # pyarrow has no types
+    return file.read
 
 
 def _grouped(blobs: Iterable[bytes | Lost]) -> Iterator[tuple[list[bytes], Counter[Lost]]]:
@@ -183,7 +204,8 @@ def _grouped(blobs: Iterable[bytes | Lost]) -> Iterator[tuple[list[bytes], Count
             continue
         group.append(blob)
         size += len(blob)
-        if size >= CHUNK_BYTES:
+        # A block of lines is a little shorter than what was read for it.
+        if size >= CHUNK_BYTES // 2:
             yield group, lost
             group, lost, size = [], Counter(), 0
     if group or lost:
@@ -207,6 +229,7 @@ def _lines(read: Callable[[int], bytes], limit: int) -> Iterator[bytes | Lost]:
         if len(rest) > limit:
             yield Lost.OVERSIZED
             rest, skipping = b"", True
+    # The last line may end without a newline.
     if rest:
         yield rest
 
@@ -244,17 +267,18 @@ def _piece_end(block: bytes, start: int, ended: bool) -> int:
     return len(block) if ended else start
 
 
-def _values(raw: BinaryIO, where: str, column: str) -> Iterator[bytes | Lost]:
+def _values(source: _File, column: str) -> Iterator[bytes | Lost]:
     """The values of a Parquet column, a few rows in memory at a time."""
-    file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=CHUNK_BYTES)
+    # Buffered and not read ahead: else a whole row group is in memory.
+    file = pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=CHUNK_BYTES)
     schema = file.schema_arrow
     if column not in schema.names:
         names = ", ".join(schema.names)[:200]
-        raise ConfigurationError(where, f"no column {column!r} (columns: {names})")
+        raise ConfigurationError(source.where, f"no column {column!r} (columns: {names})")
     kind = schema.field(column).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if kind not in _TEXT_TYPES:
-        raise ConfigurationError(where, f"column {column!r} holds {kind}, not text")
+        raise ConfigurationError(source.where, f"column {column!r} holds {kind}, not text")
     leaf = file.schema.names.index(column)
     groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
     size = sum(group.column(leaf).total_uncompressed_size for group in groups)

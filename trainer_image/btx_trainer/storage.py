@@ -192,7 +192,7 @@ def _snapshot(name: str) -> str:
         return str(
             snapshot_download(repo, revision=revision or None, allow_patterns=[*MODEL_FILES])
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub's client lets its HTTP client's errors through
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise OSError(f"hf://{name}: {lines[0] if lines else type(error).__name__}") from error
 
@@ -207,6 +207,11 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _unreadable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 class FileStore(Store):
@@ -245,7 +250,7 @@ class FileStore(Store):
     def list(self, prefix: str) -> Iterator[Head]:
         start = str(self.root / prefix) + "/" * (prefix.endswith("/") or not prefix)
         paths: list[str] = []
-        for folder, _, names in os.walk(start.rpartition("/")[0] or "/"):
+        for folder, _, names in os.walk(start.rpartition("/")[0] or "/", onerror=_unreadable):
             found = (os.path.join(folder, n) for n in names if not n.startswith(_UNFINISHED))
             paths += (path for path in found if path.startswith(start))
         for path in map(Path, sorted(paths)):

@@ -76,9 +76,13 @@ def loss_table(runs: Runs) -> Table:
     ]  # fmt: skip
     for name, report in runs:
         if report.oracle:
-            cells = [Cell(value=report.oracle.get(domain)) for domain in domains]
+            oracle = [report.oracle.get(domain) for domain in domains]
+            owned = [report.oracle[domain] for domain in common if domain in report.oracle]
+            complete = owned and len(owned) == len(common)
+            oracle.append(sum(owned) / len(owned) if complete else None)
             title = "oracle" if len(runs) == 1 else f"{name}: oracle"
-            lines.append(Line(title=title, row=None, cells=(*cells, Cell(value=None))))
+            cells = tuple(Cell(value=value) for value in oracle)
+            lines.append(Line(title=title, row=None, cells=cells))
     return Table(domains=tuple(domains), lines=tuple(lines))
 
 
@@ -86,7 +90,8 @@ def _models(runs: Runs) -> list[tuple[str, Row]]:
     found: dict[object, tuple[str, Row]] = {}
     for name, report in runs:
         for i, row in enumerate(report.models):
-            key = row.model_dump_json() if row.origin else (name, i)
+            losses = tuple((domain, score.loss) for domain, score in row.scores.items())
+            key = (row.origin, losses) if row.origin else (name, i)
             shared = key in found or len(runs) == 1
             found[key] = (row.title if shared else f"{name}: {row.title}", row)
     return list(found.values())

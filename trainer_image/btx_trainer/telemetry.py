@@ -15,8 +15,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
-from btx_api import metrics
-from btx_api.metrics import Metric, MetricType
+from btx_api.metrics import TRAINER, Metric, MetricType
 from btx_api.stage import Kind, Progress
 
 from btx_trainer.storage import Store
@@ -97,7 +96,7 @@ class Telemetry:
         """The latest Progress in Prometheus' text format."""
         from prometheus_client import generate_latest  # noqa: PLC0415 - only where it is scraped
 
-        return generate_latest(self)  # type: ignore[arg-type]  # anything that has collect()
+        return generate_latest(self)
 
     def collect(self) -> Iterator["Family"]:
         """Families of the latest Progress; called by prometheus_client."""
@@ -142,32 +141,18 @@ def line(progress: Progress) -> str:
     return " ".join(words)
 
 
-def samples(
-    progress: Progress,
-) -> Iterator[tuple[Metric, list[tuple[dict[str, str], float]]]]:
+def samples(progress: Progress) -> Iterator[tuple[Metric, list[tuple[dict[str, str], float]]]]:
     """Each trainer metric that has a value, with its own labels; run and stage are added later."""
-    load = [({"expert": str(i)}, share) for i, share in enumerate(progress.expert_load)]
-    if load:
-        yield metrics.EXPERT_LOAD, load
-    kind = str(progress.kind or "")
-    yield metrics.PHASE, [({"kind": kind, "phase": progress.phase}, 1.0)]
-    for metric, value in (
-        (metrics.STEP, progress.step),
-        (metrics.STEPS, progress.steps),
-        (metrics.TOKENS, progress.tokens),
-        (metrics.TOKENS_PER_SECOND, progress.tokens_per_second),
-        (metrics.LOSS, progress.loss),
-        (metrics.BALANCE, progress.balance),
-        (metrics.GRAD_NORM, progress.grad_norm),
-        (metrics.LEARNING_RATE, progress.lr),
-        (metrics.ETA, progress.eta_seconds),
-        (metrics.CHECKPOINT_STEP, progress.checkpoint_step),
-        (metrics.CHECKPOINT_TIME, progress.checkpoint_time),
-        (metrics.DEAD_EXPERTS, len(progress.dead_experts) if load else None),
-        (metrics.PROGRESS_TIME, progress.time),
-    ):
-        if value is not None:
-            yield metric, [({}, float(value))]
+    for field, metric in TRAINER.items():
+        match getattr(progress, field):
+            case str(phase):
+                yield metric, [({"kind": str(progress.kind or ""), "phase": phase}, 1.0)]
+            case tuple(items) if field == "expert_load" and items:
+                yield metric, [({"expert": str(i)}, share) for i, share in enumerate(items)]
+            case tuple(items) if field == "dead_experts" and progress.expert_load:
+                yield metric, [({}, float(len(items)))]
+            case int() | float() as value:
+                yield metric, [({}, float(value))]
 
 
 class Log:

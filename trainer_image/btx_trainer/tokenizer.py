@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ END_OF_DOCUMENT = (
 class Tokenizer(ABC):
     """Thread-safe; the same bytes give the same ids."""
 
+    kind: Literal["bytes", "file"]
     vocab_size: int
     """Highest id + 1."""
     eos: int
@@ -45,6 +47,7 @@ class Tokenizer(ABC):
 class ByteTokenizer(Tokenizer):
     """Ids 0..255 are bytes, then bos, eos, pad, unk; nothing is put before a document."""
 
+    kind = "bytes"
     vocab_size = 256 + len(BYTE_SPECIALS)
     eos = EOS
     specials = (EOS,)
@@ -62,12 +65,15 @@ class ByteTokenizer(Tokenizer):
 class FileTokenizer(Tokenizer):
     """A tokenizer.json; ConfigurationError naming it if it cannot be read or has no eos."""
 
+    kind = "file"
+
     def __init__(self, path: Path) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
             line = (str(error).splitlines() or ["unknown"])[0]
             raise ConfigurationError(str(path), f"is no tokenizer.json: {line}") from error
+        # Some files are saved as their last user left them.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True

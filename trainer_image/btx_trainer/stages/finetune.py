@@ -11,7 +11,7 @@ from torch import Tensor
 
 from btx_trainer import routing
 from btx_trainer.data import Sampler
-from btx_trainer.loop import Job, begin, train
+from btx_trainer.loop import Job, begin, parts_of, train
 from btx_trainer.model import freeze
 from btx_trainer.work import Made, Work
 
@@ -49,9 +49,4 @@ def _sample(job: Job, domain: int) -> list[tuple[Tensor, Tensor]]:
         phases=[Phase(tokens=tokens, domains={str(domain): 1.0})], domains=job.domains,
         sequence_length=length, batch_tokens=tokens, seed=job.recipe.random_seed,
     )  # fmt: skip
-    batch = data.batch(0)
-    pieces = (
-        job.compute.tensor(array).split(job.micro_batch)
-        for array in (batch.input_ids, batch.position_ids)
-    )
-    return list(zip(*pieces, strict=True))
+    return [(ids, positions) for ids, positions, _ in parts_of(data.batch(0), job)]

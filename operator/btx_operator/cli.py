@@ -1,0 +1,368 @@
+"""`btx`: the engine on this machine. plan, run, status, report, export, retry, refresh, gc.
+
+What needs storage is asked of a trainer process (an errand); this side knows no storage. Exit
+codes: 0 all is well, 2 usage or manifest, 128 + signal when stopped, else that of the trainer's
+contract (btx_api.stage.Exit).
+"""
+
+import argparse
+import asyncio
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from btx_api.methods import graph
+from btx_api.spec import Model, Storage, explain
+from btx_api.stage import (
+    Exit,
+    Export,
+    Gc,
+    Preflight,
+    Progress,
+    Report,
+    ReportRun,
+    Result,
+    Task,
+    TaskExecution,
+)
+from btx_api.status import ConditionType, State, Status
+from pydantic import ValidationError
+
+from btx_operator import manifest, processes, views
+from btx_operator.errors import ErrandError, ManifestError, NotFoundError, UserError
+from btx_operator.local import (
+    LocalBackend,
+    SavedRun,
+    annotate,
+    exit_code,
+    run_folder,
+    saved,
+    saved_runs,
+)
+from btx_operator.manifest import RunManifest
+from btx_operator.observed import Event
+from btx_operator.render import Screen
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SUMMARY = "summary.txt"
+"""Written by the report errand beside report.html."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of the `btx` command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.command(args)
+        return code
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"btx: {line}", file=sys.stderr)
+        return error.exit
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `btx status | head`
+        sys.stderr.close()
+        return 128 + signal.SIGPIPE
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="btx", description=(__doc__ or "").splitlines()[0])
+    top.add_argument("--version", action="version", version=f"btx {version('btx')}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(function: Any, usage: str) -> argparse.ArgumentParser:
+        name = function.__name__.removesuffix("_")
+        parser = commands.add_parser(name, help=usage, description=usage)
+        parser.set_defaults(command=function)
+        parser.add_argument(
+            "--dir", type=Path, default=Path(".btx"), help="state of this machine's runs (.btx)"
+        )
+        return parser
+
+    def files(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="PATH=VALUE",
+            help="sets a field of every manifest first: experts[0].tokens=10K",
+        )  # fmt: skip
+
+    parser = command(plan, "what a run would do and cost, without doing it")
+    files(parser)
+    parser.add_argument(
+        "--tflops", type=float, default=400.0, metavar="RATE",
+        help="10^12 FLOPs per second that one GPU achieves (400)",
+    )  # fmt: skip
+    parser = command(run, "runs manifests side by side; run again to resume")
+    files(parser)
+    parser.add_argument("--verify", action="store_true", help="read every byte of what is reused")
+    parser.add_argument("--slots", type=int, metavar="N", help="stages at once (the cores)")
+    parser = command(status, "runs of this machine, or the stages of one")
+    parser.add_argument("run", nargs="?")
+    parser = command(report, "runs side by side: tables, report.html, report.json")
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser = command(export, "copies a model out of the storage, every byte verified")
+    parser.add_argument("run")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--stage", default="", help="finetune, mix, average, train-NAME (the last)")
+    command(retry, "forgives the failures so far").add_argument("run")
+    command(refresh, "looks at the inputs again").add_argument("run")
+    parser = command(gc, "deletes artifacts that no run of the last days names")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("file", nargs="?", type=Path, metavar="FILE")
+    what.add_argument("--storage", metavar="URI")
+    parser.add_argument("--keep-days", type=int, required=True, metavar="N")
+    parser.add_argument("--dry-run", action="store_true", help="only says what would be deleted")
+    return top
+
+
+def _manifests(args: argparse.Namespace) -> list[RunManifest]:
+    """All files of a command line, every problem of all of them at once."""
+    found: list[RunManifest] = []
+    problems: list[str] = []
+    for path in args.files:
+        try:
+            found.append(manifest.read(path, args.set))
+        except ManifestError as error:
+            problems += error.problems
+    names = [item.name for item in found]
+    problems += [
+        f"metadata.name: {name!r} is the name of {names.count(name)} of the runs"
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    if problems:
+        raise ManifestError(*problems)
+    for item in found:
+        if item.unread:
+            print(f"note: {item.name}: only a cluster reads {', '.join(item.unread)}")
+    return found
+
+
+def _errand(storage: Storage, name: str, *, echo: str = "", **work: Model) -> Result:
+    """Asks a trainer process; ErrandError with its one line when there is no answer.
+
+    `echo`: lines of its log that begin so are printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="btx-") as folder:
+        task = Task(execution=TaskExecution(storage=storage, name=name), **work)  # type: ignore[arg-type]  # one of the five
+        code, result, log = asyncio.run(processes.run_task(task, folder=Path(folder)))
+        lines = log.read_text(errors="replace").splitlines()
+        print("".join(f"{line}\n" for line in lines if echo and line.startswith(echo)), end="")
+        if code == Exit.OK and result is not None:
+            return result
+        if result is not None and result.problem is not None:
+            problem = result.problem
+            what = f"{problem.field}: {problem.message}" if problem.field else problem.message
+        else:
+            last = " ".join(lines[-1:])
+            what = f"{name}: the trainer's process ended with {code}: {last}"
+    raise ErrandError(what, code or Exit.FAILED)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """`btx plan FILE...`"""
+    elsewhere: dict[str, str] = {}
+    refused = False
+    for item in _manifests(args):
+        uid, members = "", None
+        with suppress(NotFoundError):
+            before = saved(args.dir, item.name)
+            uid, members = before.uid, before.status.members
+        ask = Preflight(spec=item.spec, uid=uid, members=members.experts if members else None)
+        resolved = _errand(item.spec.storage, "preflight", preflight=ask).resolved
+        assert resolved is not None, "a preflight that ends well has an answer"
+        print(f"{item.name}: {item.spec.method}, storage {item.spec.storage.uri}")
+        for problem in resolved.problems:
+            refused = True
+            print(f"btx: {item.name}: {problem}", file=sys.stderr)
+        if resolved.problems:
+            continue
+        stages = graph(item.spec, resolved, members, uid=uid)
+        bits = int(resolved.complete or "0", 16)
+        complete = [bool(bits >> i & 1) for i in range(len(stages))]
+        for line in views.plan_tables(
+            stages, complete, resolved.parameters, tflops=args.tflops, elsewhere=elsewhere
+        ):
+            print(f"  {line}")
+        elsewhere |= {node.stage.digest: f"{item.name}" for node in stages.values()} | elsewhere
+    return Exit.CONFIGURATION if refused else Exit.OK
+
+
+def run(args: argparse.Namespace) -> int:
+    """`btx run FILE...`"""
+    manifests = _manifests(args)
+    screen = Screen(stream=sys.stdout, clock=time.monotonic)
+
+    def tell(name: str, event: Event) -> None:
+        if event.warning:
+            screen.say(f"{name}: {event.message}")
+
+    backend = LocalBackend(args.dir, slots=args.slots, on_event=tell)
+    try:
+        for item in manifests:
+            backend.open(item.name, item.spec, verify=args.verify)
+        stopped_by = asyncio.run(_drive(backend, [item.name for item in manifests], screen))
+        codes = [_finish(args, backend, item) for item in manifests]
+    finally:
+        backend.close()
+    if any(codes) and stopped_by:
+        print("stopped; `btx run` again goes on from the checkpoints")
+        return 128 + stopped_by
+    return next(filter(None, codes), Exit.OK)
+
+
+async def _drive(backend: LocalBackend, names: Sequence[str], screen: Screen) -> int:
+    """Works until every run is settled; returns the signal that stopped it, or 0."""
+    received: list[int] = []
+
+    def stop(number: int) -> None:
+        received.append(number)
+        again = "stopping at a checkpoint; once more to kill"
+        screen.say(again if len(received) == 1 else "killing")
+        backend.interrupt()
+
+    def show() -> None:
+        screen.show([
+            line
+            for name in names
+            for line in views.stage_lines(name, backend.status(name), backend.progress(name))
+        ])  # fmt: skip
+
+    for number in SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    await backend.run_until_done(tick=show)
+    return received[0] if received else 0
+
+
+def _finish(args: argparse.Namespace, backend: LocalBackend, item: RunManifest) -> int:
+    """Says how one run ended and where things are; returns its exit code."""
+    name, now = item.name, backend.status(item.name)
+    print(f"\n{name}: {now.state}")
+    for reason in views.reasons(now):
+        print(f"btx: {name}: {reason}", file=sys.stderr)
+    for row in now.stages:
+        if row.state is State.FAILED:
+            log = backend.log(name, row.name, row.attempt)
+            print(f"btx: {name}/{row.name}: {row.message} (log {log})", file=sys.stderr)
+    if now.model:
+        print(f"  model   {now.model}")
+    succeeded = now.condition(ConditionType.SUCCEEDED)
+    if succeeded and succeeded.status == "True":
+        _report(item.spec.storage, {name: now}, run_folder(args.dir, name) / "report")
+    return exit_code(now)
+
+
+def status(args: argparse.Namespace) -> int:
+    """`btx status [RUN]`"""
+    if args.run is None:
+        lines = views.runs_table([saved(args.dir, name) for name in saved_runs(args.dir)])
+    else:
+        one = saved(args.dir, args.run)
+        lines = views.run_tables(one, asyncio.run(_progress(args.dir, one)) if one.pid else {})
+    print("\n".join(lines))
+    return Exit.OK
+
+
+async def _progress(root: Path, one: SavedRun) -> dict[str, Progress]:
+    """Asks the trainers of a run that another process works on."""
+    found = {}
+    for row in one.status.stages:
+        if row.state is State.RUNNING:
+            task_file = processes.files(run_folder(root, one.name), row.name, row.attempt)[2]
+            port = processes.port_of(task_file)
+            found[row.name] = await processes.pull(port) if port else None
+    return {name: progress for name, progress in found.items() if progress}
+
+
+def report(args: argparse.Namespace) -> int:
+    """`btx report RUN...`"""
+    runs = [saved(args.dir, name) for name in args.runs]
+    first = runs[0].spec.storage
+    for other in runs[1:]:
+        if other.spec.storage != first:
+            raise UserError(
+                f"run {other.name!r}: its storage {other.spec.storage.uri} is not {first.uri} of "
+                f"{runs[0].name!r}"
+            )
+    folder = run_folder(args.dir, runs[0].name) if len(runs) == 1 else args.dir
+    _report(first, {item.name: item.status for item in runs}, args.out or folder / "report")
+    return Exit.OK
+
+
+def _report(storage: Storage, runs: dict[str, Status], folder: Path) -> None:
+    """Has the report made in a folder and prints its summary."""
+    wanted = []
+    for name, now in runs.items():
+        row = now.row("evaluate")
+        if row is None or row.state is not State.COMPLETE:
+            raise UserError(f"run {name!r}: its evaluation is not complete ({now.state})")
+        wanted.append(ReportRun(name=name, digest=row.digest))
+    _errand(storage, "report", report=Report(runs=tuple(wanted), folder=str(folder)))
+    print(f"  report  {folder / 'report.html'}\n")
+    print((folder / SUMMARY).read_text(encoding="utf-8").rstrip())
+
+
+def export(args: argparse.Namespace) -> int:
+    """`btx export RUN FOLDER`"""
+    one = _saved_with_stages(args)
+    row = views.final_stage(one.status, args.stage)
+    if row is None:
+        known = ", ".join(row.name for row in one.status.stages)
+        raise UserError(f"run {one.name!r}: no stage {args.stage!r} (stages: {known})")
+    if row.state is not State.COMPLETE:
+        raise UserError(f"{one.name}/{row.name}: is {row.state}, not Complete")
+    ask = Export(kind=row.kind, digest=row.digest, folder=str(args.folder))
+    _errand(one.spec.storage, "export", export=ask)
+    print(f"{one.name}/{row.name}: exported to {args.folder}")
+    return Exit.OK
+
+
+def _saved_with_stages(args: argparse.Namespace) -> SavedRun:
+    one = saved(args.dir, args.run)
+    if not one.status.stages:
+        raise UserError(f"run {one.name!r}: has no stages yet ({one.status.state})")
+    return one
+
+
+def retry(args: argparse.Namespace) -> int:
+    """`btx retry RUN`"""
+    annotate(args.dir, args.run, retry=True)
+    return _annotated(args, "its failures are forgiven")
+
+
+def refresh(args: argparse.Namespace) -> int:
+    """`btx refresh RUN`"""
+    annotate(args.dir, args.run, refresh=True)
+    return _annotated(args, "its inputs will be looked at again")
+
+
+def _annotated(args: argparse.Namespace, what: str) -> int:
+    pid = saved(args.dir, args.run).pid
+    when = f"by the running process {pid}" if pid else "at the next `btx run`"
+    print(f"{args.run}: {what} {when}")
+    return Exit.OK
+
+
+def gc(args: argparse.Namespace) -> int:
+    """`btx gc FILE|--storage URI --keep-days N`"""
+    if args.file:
+        storage = manifest.read(args.file).spec.storage
+    else:
+        try:
+            storage = Storage.parse({"uri": args.storage})
+        except ValidationError as error:
+            raise ManifestError(*explain(error, "--storage")) from None
+    ask = Gc(keep_days=args.keep_days, dry_run=args.dry_run)
+    print(_errand(storage, "gc", echo="stages/", gc=ask).text)
+    return Exit.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""One step of one run, whatever the backend: observe -> decide -> apply. Read this first.
+
+Called by local.py (processes), by the cluster's work queue (Jobs) and by the tests' simulator.
+Level-triggered: nothing is remembered between two calls but what the status says.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from btx_api.status import Status
+
+from btx_operator.decide import decide
+from btx_operator.errors import Conflict
+from btx_operator.observed import Attempt, Event, Observed, Start
+
+
+class Backend(Protocol):
+    """What the engine needs of the world. It holds no policy."""
+
+    def observe(self, run: str) -> Observed | None:
+        """Every fact about a run, from memory; None: there is no such run."""
+
+    def reserve(self, run: str, status: Status) -> None:
+        """From now on other runs see this status's rows as claims; undone by the next `observe`."""
+
+    async def write_status(self, run: str, status: Status) -> None:
+        """Stores the status if the one that was observed is still stored; raises Conflict."""
+
+    async def stop(self, run: str, attempt: Attempt) -> None:
+        """Asks an attempt to end (SIGTERM, then its grace period); does not wait for it."""
+
+    async def start(self, run: str, start: Start) -> None:
+        """Creates an attempt; does nothing if the same one exists."""
+
+    async def emit(self, run: str, events: Sequence[Event]) -> None:
+        """Tells people."""
+
+
+async def reconcile(backend: Backend, run: str, clock: Callable[[], float]) -> float | None:
+    """One step. Returns the seconds after which to look again even without a new fact."""
+    seen = backend.observe(run)
+    if seen is None:
+        return None
+    decision = decide(seen, clock())
+    # No await until here: two runs cannot both believe that nobody makes an artifact.
+    backend.reserve(run, decision.status)
+    if decision.status != seen.status:
+        try:
+            await backend.write_status(run, decision.status)
+        except Conflict:
+            return 0.0
+    # The intents are stored: a crash from here on is repaired by the next step.
+    for attempt in decision.stops:
+        await backend.stop(run, attempt)
+    for start in decision.starts:
+        await backend.start(run, start)
+    if decision.events:
+        await backend.emit(run, decision.events)
+    return decision.again_after

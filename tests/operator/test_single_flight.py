@@ -1,0 +1,182 @@
+"""One artifact is made once at a time: two names in one run, two runs over one storage."""
+
+import pytest
+from btx_api.spec import BTXRunSpec
+from btx_api.stage import Exit
+from btx_api.status import ConditionType, Reason, State
+from builders import spec_of
+from simulator import Simulator
+
+SUCCEEDED = ConditionType.SUCCEEDED
+
+
+def twins() -> BTXRunSpec:
+    """The domain `general` is the expert's own data under another name."""
+    return spec_of(general=[{"uri": "file://math.jsonl"}])
+
+
+def test_two_names_for_one_artifact_in_one_run(sim: Simulator) -> None:
+    """The second waits for the first and is complete with it, without an attempt."""
+    sim.storage.fingerprints = {"general": "math" + "d" * 18}
+    sim.submit(twins())
+    sim.settle()
+    sim.end("preflight")
+    sim.settle()
+    assert sim.row("prepare-general").state is State.WAITING
+    assert sim.row("prepare-general").waits_for == "prepare-math"
+
+    sim.finish()
+
+    assert sim.attempts()["prepare-general"] == 0
+    assert sim.condition(SUCCEEDED) == ("True", Reason.COMPLETE)
+
+
+def test_a_twin_takes_over_when_the_first_fails(sim: Simulator) -> None:
+    """And the first is complete with it."""
+    sim.storage.fingerprints = {"general": "math" + "d" * 18}
+    sim.submit(twins())
+    sim.finish(but=["prepare-math"])
+
+    sim.end("prepare-math", Exit.FAILED)
+    sim.settle()
+    assert "prepare-general" in sim.live()
+    sim.end("prepare-general")
+    sim.finish()
+
+    assert sim.row("prepare-math").state is State.COMPLETE
+    assert sim.attempts()["prepare-math"] == 1
+
+
+def two_runs(sim: Simulator) -> None:
+    """The older run trains, the younger waits."""
+    sim.submit(spec_of(), name="older")
+    sim.finish("older", but=["train-code"])
+    sim.submit(spec_of(), name="younger")
+    sim.finish(but=["train-code"])
+    assert sim.row("train-code", "younger").waits_for == "older/train-code"
+    assert sim.condition(ConditionType.QUEUED, "younger") == ("True", Reason.WAITING_FOR)
+
+
+def test_a_waiter_gets_its_result_from_the_holders_row(sim: Simulator) -> None:
+    """Nothing is started for it, and the gain is there."""
+    two_runs(sim)
+
+    sim.finish()
+
+    assert sim.attempts("younger")["train-code"] == 0
+    assert sim.row("train-code", "younger").gain == 0.5
+    assert sim.condition(SUCCEEDED, "younger") == ("True", Reason.COMPLETE)
+    assert sim.status("younger").model == sim.status("older").model
+
+
+@pytest.mark.parametrize("how", ["suspended", "failed", "gone", "queued"])
+def test_a_waiter_takes_over(sim: Simulator, how: str) -> None:
+    """When the holder does not work on it any more."""
+    two_runs(sim)
+    match how:
+        case "suspended":
+            sim.submit(spec_of(suspend=True), name="older")
+            sim.settle("older")
+            sim.end("train-code", Exit.PREEMPTED, run="older")
+        case "failed":
+            sim.end("train-code", Exit.FAILED, run="older")
+            sim.settle("older")
+        case "gone":
+            del sim.worlds["older"]
+        case "queued":
+            sim.end("train-code", Exit.PREEMPTED, run="older")
+            sim.held = {"older/train-code"}
+            sim.settle("older")
+            assert sim.row("train-code", "older").state is State.QUEUED
+    sim.settle("younger")
+
+    assert "train-code" in sim.live("younger")
+
+
+def test_a_holder_that_failed_waits_for_the_one_that_took_over(sim: Simulator) -> None:
+    """Nobody has precedence for its age alone."""
+    two_runs(sim)
+    sim.end("train-code", Exit.FAILED, run="older")
+    sim.settle()
+    sim.advance(10)
+    sim.settle()
+    assert sim.row("train-code", "older").waits_for == "younger/train-code"
+
+    sim.finish()
+
+    assert sim.attempts("older")["train-code"] == 1
+    assert sim.condition(SUCCEEDED, "older") == ("True", Reason.COMPLETE)
+
+
+def test_runs_that_are_ready_at_once_start_one_attempt(sim: Simulator) -> None:
+    """An intent counts before anything is created (checked after every step)."""
+    for name in ("a", "b", "c"):
+        sim.submit(spec_of(), name=name)
+
+    sim.finish()
+
+    totals = {
+        stage: sum(sim.attempts(name)[stage] for name in ("a", "b", "c"))
+        for stage in sim.attempts("a")
+    }
+    assert set(totals.values()) == {1}
+    assert all(sim.condition(SUCCEEDED, name)[0] == "True" for name in ("a", "b", "c"))
+
+
+def test_of_two_intents_the_older_run_goes_on(sim: Simulator) -> None:
+    """As after two engines wrote at once: the younger steps back, and creates nothing."""
+    sim.submit(spec_of(), name="older")
+    sim.submit(spec_of(), name="younger")
+    sim.finish(but=["train-code", "train-math"])
+    for name in ("older", "younger"):
+        world = sim.worlds[name]
+        sim.vanish("train-code", name)
+        rows = tuple(
+            row.model_copy(update={
+                "state": State.STARTING, "attempt": 1, "handle": "", "start_time": None,
+                "waits_for": "",
+            })
+            if row.name == "train-code"
+            else row
+            for row in world.status.stages
+        )  # fmt: skip
+        world.status = world.status.model_copy(update={"stages": rows})
+
+    sim.step("younger")
+    sim.step("older")
+
+    assert "train-code" not in sim.live("younger")
+    assert "train-code" in sim.live("older")
+    sim.finish()
+    assert sim.condition(SUCCEEDED, "younger") == ("True", Reason.COMPLETE)
+
+
+def test_another_storage_is_another_world(sim: Simulator) -> None:
+    """Claims are about one prefix of one endpoint."""
+    sim.submit(spec_of(), name="here")
+    sim.submit(spec_of(storage={"uri": "file://elsewhere"}), name="there")
+    sim.settle()
+    sim.end("preflight", run="here")
+    sim.end("preflight", run="there")
+    sim.settle()
+
+    assert set(sim.live("here")) == set(sim.live("there")) != set()
+
+
+def test_two_runs_that_find_one_corrupt_copy_repair_it_once(sim: Simulator) -> None:
+    """The repair has the artifact's digest, so it flies single too."""
+    from simulator import corrupt_input  # noqa: PLC0415
+
+    sim.submit(spec_of(), name="a")
+    sim.submit(spec_of(evaluate={"tokens": 7}), name="b")
+    sim.finish(but=["evaluate"])
+    producer = sim.row("train-code", "a")
+    report = corrupt_input(producer, sim.storage.complete[producer.digest])
+    sim.end("evaluate", Exit.CORRUPT, run="a", result=report)
+    sim.end("evaluate", Exit.CORRUPT, run="b", result=report)
+    commits = sim.storage.commits
+
+    sim.finish()
+
+    assert sim.storage.commits == commits + 3
+    assert all(sim.condition(SUCCEEDED, name)[0] == "True" for name in "ab")

@@ -1,0 +1,157 @@
+"""Tables of status and plan: what a person reads is what the status says, in the graph's order."""
+
+from types import SimpleNamespace
+
+import pytest
+from btx_api.methods import graph
+from btx_api.stage import Parameters, Progress
+from btx_api.status import Condition, ConditionType, Reason, Row, State, Status
+from btx_operator import views
+from builders import resolved_for, spec_of
+
+SPEC = spec_of(finetune={"data": [{"tokens": 300, "domains": {"code": 1}}]})
+GRAPH = graph(SPEC, resolved_for(SPEC))
+
+
+def rows(**states):
+    """A row per stage of SPEC, Pending unless named (with `_` for `-`)."""
+    return tuple(
+        Row(name=name, digest=node.stage.digest).model_copy(
+            update=states.get(name.replace("-", "_"), {})
+        )
+        for name, node in GRAPH.items()
+    )
+
+
+def a_run(status, pid=None):
+    """A run as local.saved gives it."""
+    return SimpleNamespace(name="demo", spec=SPEC, status=status, pid=pid)
+
+
+def a_condition(kind, status, reason, message=""):
+    """A condition without its times."""
+    return Condition(
+        type=kind, status=status, reason=reason, message=message, last_transition_time=0
+    )
+
+
+def words(lines, first):
+    """The words of the line that begins with a word."""
+    return next(line.split() for line in lines if line.split()[:1] == [first])
+
+
+def test_a_run_is_shown_stage_by_stage():
+    """State, attempts, tokens, loss, gain, reuse, time and message stand in the stage's row."""
+    status = Status(
+        state="Running",
+        stages=rows(
+            prepare_code={"state": State.COMPLETE},
+            train_code={"state": State.RUNNING, "attempt": 2, "active_seconds": 65},
+            train_math={"state": State.COMPLETE, "attempt": 1, "gain": 0.25},
+            mix={"state": State.FAILED, "attempt": 3, "message": "no space"},
+        ),
+    )
+    shown = views.run_tables(a_run(status, 77), {"train-code": Progress(tokens=128, loss=3.5)})
+    assert shown[0] == "demo: Running, process 77"
+    assert words(shown, "prepare-code") == ["prepare-code", "Complete", "yes"]
+    assert words(shown, "train-code") == [
+        "train-code",
+        "Running",
+        "2",
+        "128/400",
+        "3.5000",
+        "1m05s",
+    ]
+    assert words(shown, "train-math") == ["train-math", "Complete", "1", "100", "+0.2500"]
+    assert words(shown, "mix") == ["mix", "Failed", "3", "no", "space"]
+    assert words(shown, "finetune") == ["finetune", "Pending", "300"]
+    names = [line.split()[0] for line in shown if line.split()[:1] and line.split()[0] in GRAPH]
+    assert names == list(GRAPH)
+
+
+def test_runs_are_listed_with_what_is_complete():
+    """One line per run: method, state, stages complete of all, the process that works on it."""
+    status = Status(state="Failed", stages=rows(mix={"state": State.COMPLETE}))
+    shown = views.runs_table([a_run(status, 12)])
+    assert shown[1].split() == ["demo", "BTX", "Failed", f"1/{len(GRAPH)}", "12"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "line"),
+    [
+        (a_condition(ConditionType.ACCEPTED, "False", Reason.WOULD_RETRAIN, "revert or set"),
+         "WouldRetrain: revert or set"),
+        (a_condition(ConditionType.SUCCEEDED, "False", Reason.STAGE_FAILED, "mix: no space"),
+         "StageFailed: mix: no space"),
+        (a_condition(ConditionType.QUEUED, "True", Reason.WAITING_FOR, "other/mix"),
+         "WaitingFor: other/mix"),
+        (a_condition(ConditionType.SUSPENDED, "True", Reason.INTERRUPTED), "Interrupted"),
+    ],
+)  # fmt: skip
+def test_reasons_name_what_stands_in_the_way(condition, line):
+    """A condition that holds a run up is one line; without a message the reason alone."""
+    assert views.reasons(Status(conditions=(condition,))) == [line]
+
+
+def test_nothing_stands_in_the_way_of_a_run_that_is_fine():
+    """Conditions that say all is well are no reasons."""
+    fine = (
+        a_condition(ConditionType.ACCEPTED, "True", Reason.ACCEPTED),
+        a_condition(ConditionType.SUCCEEDED, "Unknown", Reason.IN_PROGRESS),
+    )
+    assert views.reasons(Status(conditions=fine)) == []
+
+
+def test_problems_are_told_once():
+    """Preflight's problems stand for the condition that counts them."""
+    refused = a_condition(ConditionType.ACCEPTED, "False", Reason.PROBLEMS_FOUND, "2 problems")
+    status = Status(problems=("spec.seed.uri: none", "x: y"), conditions=(refused,))
+    assert views.reasons(status) == ["spec.seed.uri: none", "x: y"]
+
+
+def test_the_display_names_reuse_waiting_and_failure():
+    """The last column says why a stage is where it is; preflight leaves when it is done."""
+    status = Status(
+        preflight=Row(name="preflight", digest="", state=State.RUNNING),
+        stages=rows(
+            prepare_code={"state": State.COMPLETE},
+            train_code={"state": State.WAITING, "waits_for": "other/train-code"},
+            train_math={"state": State.BACK_OFF, "attempt": 1, "message": "killed"},
+        ),
+    )
+    found = {line.stage: line for line in views.stage_lines("demo", status, {})}
+    notes = [found[n].note for n in ("prepare-code", "train-code", "train-math", "mix")]
+    assert notes == ["reused", "other/train-code", "killed", ""]
+    assert next(iter(found)) == "preflight"
+    done = Row(name="preflight", digest="", state=State.COMPLETE)
+    later = views.stage_lines("demo", status.model_copy(update={"preflight": done}), {})
+    assert later[0].stage == "prepare-code"
+
+
+def test_the_final_model_is_finetuned_or_dense():
+    """export's default: finetune if the run has one, else the dense training, else nothing."""
+    assert views.final_stage(Status(stages=rows())).name == "finetune"
+    dense = spec_of(method="Dense")
+    names = graph(dense, resolved_for(dense))
+    status = Status(stages=tuple(Row(name=n, digest="") for n in names))
+    assert views.final_stage(status).name == "train-dense"
+    assert views.final_stage(status, "mix") is None
+    assert views.final_stage(Status()) is None
+
+
+def test_a_plan_says_what_is_left_to_pay():
+    """Complete stages and stages that another plan pays for are not counted again."""
+    parameters = Parameters(dense=10**9, total=2 * 10**9, active=15 * 10**8, layers=2, hidden=8)
+    complete = [name == "train-code" for name in GRAPH]
+    shown = views.plan_tables(
+        GRAPH, complete, parameters, tflops=1.0,
+        elsewhere={GRAPH["train-math"].stage.digest: "dense"},
+    )  # fmt: skip
+    assert shown[0] == "parameters: seed 1B, mixed 2B, of them active 1.5B"
+    assert words(shown, "train-code")[1:4] == ["complete", "4.194M", "1"]
+    assert words(shown, "train-math")[1:4] == ["as", "in", "dense"]
+    assert words(shown, "prepare-code")[1:4] == ["to", "run", GRAPH["prepare-code"].stage.digest]
+    row = words(shown, "train-code")
+    assert float(row[5]) == pytest.approx(float(row[4]) / 3.6e15, rel=0.01)
+    assert shown[-1].startswith(f"{len(GRAPH) - 2} of {len(GRAPH)} stages to run: at most ")
+    assert shown[-1].endswith(f"; {row[5]} GPU-hours are complete in the storage")
