@@ -16,8 +16,8 @@ from btx_api.stage import Kind, Resolved
 
 PREFLIGHT = "preflight"
 """Name of the errand's row and attempts."""
-MESSAGE_LENGTH = 80
-"""Of a row's message; at 64 experts every further character costs 130 bytes of status."""
+MESSAGE_LENGTH, SHORT_LENGTH = 96, 44
+"""Of a row's message once given up, and while the stage is to be tried again (all at once may)."""
 
 
 def brief(text: str, length: int = MESSAGE_LENGTH) -> str:
@@ -93,7 +93,7 @@ class Row(Model):
     """The backend's name for the attempt (Job uid, process id) once seen; empty when it ended."""
     start_time: Time | None = None
     """Since when the attempt's process runs."""
-    active_seconds: int = 0
+    seconds: int = 0
     """Running time of the attempts that ended, in seconds."""
     failures: int = 0
     """Attempts that failed and count against `policy.maxRetries`."""
@@ -102,7 +102,7 @@ class Row(Model):
     lost: int = 0
     """Attempts that vanished without a result; never counted as failures."""
     exit: int | None = None
-    """Exit code of the last attempt that failed."""
+    """Exit code of the last attempt if it failed; empty while the next one is active."""
     retry_time: Time | None = None
     """Earliest start of the next attempt."""
     check: bool = False
@@ -116,7 +116,7 @@ class Row(Model):
     token: Annotated[str, Field(max_length=16)] = ""
     """Attempt folder of the artifact, as far as known; prepare rows do without."""
     message: Annotated[str, Field(max_length=MESSAGE_LENGTH)] = ""
-    """Why the last attempt ended badly."""
+    """Why the last attempt ended badly; empty while the next one is active."""
 
     @property
     def kind(self) -> Kind:

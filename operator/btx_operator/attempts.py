@@ -9,7 +9,7 @@ from typing import Any
 
 from btx_api.spec import BTXRunSpec, Policy, Scheduling, overlay
 from btx_api.stage import Exit, Kind, Result
-from btx_api.status import ACTIVE, Invalid, Row, State, brief
+from btx_api.status import ACTIVE, SHORT_LENGTH, Invalid, Row, State, brief
 
 from btx_operator.observed import Attempt, Phase
 
@@ -95,8 +95,9 @@ def record(row: Row, attempt: Attempt | None, policy: Policy, now: float) -> Row
 def begin(row: Row) -> Row:
     """The intent: written before the attempt is created."""
     return change(
-        row, state=State.STARTING, attempt=row.attempt + 1, retry_time=None, waits_for=""
-    )
+        row, state=State.STARTING, attempt=row.attempt + 1, retry_time=None, waits_for="",
+        message="", exit=None,
+    )  # fmt: skip
 
 
 def stop(row: Row) -> Row:
@@ -127,10 +128,12 @@ def complete(row: Row, *, gain: float | None = None, token: str = "") -> Row:
 def fail(row: Row, message: str, policy: Policy, now: float) -> Row:
     """One more failure: another attempt after a back-off, or given up."""
     failures = row.failures + 1
-    ended = change(_over(row, State.FAILED), failures=failures, message=brief(message))
     if failures > policy.max_retries:
-        return ended
-    return change(ended, state=State.BACK_OFF, retry_time=_after(failures, policy, now))
+        return change(_over(row, State.FAILED), failures=failures, message=brief(message))
+    return change(
+        _over(row, State.BACK_OFF), failures=failures, message=brief(message, SHORT_LENGTH),
+        retry_time=_after(failures, policy, now),
+    )  # fmt: skip
 
 
 def forgive(row: Row) -> Row:
@@ -138,7 +141,7 @@ def forgive(row: Row) -> Row:
     invalid = None if row.invalid is None else Invalid(tag=row.invalid.tag, count=0)
     fresh = change(row, failures=0, lost=0, exit=None, message="", retry_time=None, invalid=invalid)
     if row.state in (State.FAILED, State.BACK_OFF):
-        return change(fresh, state=State.PENDING, active_seconds=0)
+        return change(fresh, state=State.PENDING, seconds=0)
     return fresh
 
 
@@ -160,7 +163,7 @@ def due(row: Row, attempt: Attempt, policy: Policy) -> tuple[float, str] | None:
     if attempt.since is None or row.state not in ACTIVE:
         return None
     if attempt.phase is Phase.RUNNING and policy.active_deadline_seconds:
-        left = policy.active_deadline_seconds - row.active_seconds
+        left = policy.active_deadline_seconds - row.seconds
         return attempt.since + left, "activeDeadlineSeconds"
     if attempt.phase is Phase.PENDING and policy.pending_deadline_seconds:
         return attempt.since + policy.pending_deadline_seconds, "pendingDeadlineSeconds"
@@ -183,7 +186,7 @@ def _live(row: Row, attempt: Attempt, policy: Policy, now: float) -> Row:
 
 def _ended(row: Row, attempt: Attempt, code: int, policy: Policy, now: float) -> Row:
     result, stopped = attempt.result or Result(), row.state is State.STOPPING
-    row = change(row, active_seconds=row.active_seconds + round(attempt.seconds))
+    row = change(row, seconds=row.seconds + round(attempt.seconds))
     message = _words(code, result)
     match code:
         case Exit.OK if attempt.result is not None:
@@ -197,10 +200,10 @@ def _ended(row: Row, attempt: Attempt, code: int, policy: Policy, now: float) ->
         case Exit.MISSING:
             row = _lost(change(row, check=False), message, policy, now)
         case Exit.CONFIGURATION:
-            row = change(_over(row, State.FAILED), failures=row.failures + 1, message=message)
+            row = fail(row, message, policy.model_copy(update={"max_retries": 0}), now)
         case Exit.CORRUPT if result.corrupt:
             # decide.py has the producer make its artifact again first.
-            row = change(_over(row, State.PENDING), message=message)
+            row = change(_over(row, State.PENDING), message=brief(message, SHORT_LENGTH))
         case _:
             row = fail(row, message, policy, now)
     return row if row.state in (State.PENDING, State.COMPLETE) else change(row, exit=code)
@@ -209,7 +212,7 @@ def _ended(row: Row, attempt: Attempt, code: int, policy: Policy, now: float) ->
 def _words(code: int, result: Result) -> str:
     problem = result.problem
     said = "" if problem is None else f": {problem.field}: {problem.message}"
-    return brief(f"exit {code}" + said.replace(": : ", ": "))
+    return f"exit {code}" + said.replace(": : ", ": ")
 
 
 def _lost(row: Row, message: str, policy: Policy, now: float) -> Row:

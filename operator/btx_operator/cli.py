@@ -7,6 +7,7 @@ contract (btx_api.stage.Exit).
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from btx_api.stage import (
     Export,
     Gc,
     Preflight,
+    Problem,
     Progress,
     Report,
     ReportRun,
@@ -31,7 +33,7 @@ from btx_api.stage import (
     Task,
     TaskExecution,
 )
-from btx_api.status import ConditionType, State, Status
+from btx_api.status import ConditionType, EventReason, Reason, State, Status
 from pydantic import ValidationError
 
 from btx_operator import manifest, processes, views
@@ -49,6 +51,11 @@ from btx_operator.manifest import RunManifest
 from btx_operator.observed import Event
 from btx_operator.render import Screen
 
+TOLD = (
+    EventReason.ATTEMPT_FAILED, EventReason.ATTEMPT_LOST, EventReason.ARTIFACT_CORRUPT,
+    EventReason.MEMBERS_DECIDED,
+)  # fmt: skip
+"""Events worth a line; the rest is seen in the stages' states, or said at the end."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SUMMARY = "summary.txt"
 """Written by the report errand beside report.html."""
@@ -59,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         code: int = args.command(args)
+        sys.stdout.flush()
         return code
     except UserError as error:
         for line in str(error).splitlines():
@@ -66,9 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # `btx status | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `btx status | head`: nobody reads what Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,8 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     def command(function: Any, usage: str) -> argparse.ArgumentParser:
-        name = function.__name__.removesuffix("_")
-        parser = commands.add_parser(name, help=usage, description=usage)
+        parser = commands.add_parser(function.__name__, help=usage, description=usage)
         parser.set_defaults(command=function)
         parser.add_argument(
             "--dir", type=Path, default=Path(".btx"), help="state of this machine's runs (.btx)"
@@ -95,13 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = command(plan, "what a run would do and cost, without doing it")
     files(parser)
     parser.add_argument(
-        "--tflops", type=float, default=400.0, metavar="RATE",
+        "--tflops", type=_whole, default=400, metavar="RATE",
         help="10^12 FLOPs per second that one GPU achieves (400)",
     )  # fmt: skip
     parser = command(run, "runs manifests side by side; run again to resume")
     files(parser)
     parser.add_argument("--verify", action="store_true", help="read every byte of what is reused")
-    parser.add_argument("--slots", type=int, metavar="N", help="stages at once (the cores)")
+    parser.add_argument("--slots", type=_whole, metavar="N", help="stages at once (the cores)")
     parser = command(status, "runs of this machine, or the stages of one")
     parser.add_argument("run", nargs="?")
     parser = command(report, "runs side by side: tables, report.html, report.json")
@@ -117,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("file", nargs="?", type=Path, metavar="FILE")
     what.add_argument("--storage", metavar="URI")
-    parser.add_argument("--keep-days", type=int, required=True, metavar="N")
+    parser.add_argument("--keep-days", type=_whole, required=True, metavar="N")
     parser.add_argument("--dry-run", action="store_true", help="only says what would be deleted")
     return top
 
@@ -158,12 +171,15 @@ def _errand(storage: Storage, name: str, *, echo: str = "", **work: Model) -> Re
         if code == Exit.OK and result is not None:
             return result
         if result is not None and result.problem is not None:
-            problem = result.problem
-            what = f"{problem.field}: {problem.message}" if problem.field else problem.message
+            what = _words(result.problem)
         else:
             last = " ".join(lines[-1:])
             what = f"{name}: the trainer's process ended with {code}: {last}"
     raise ErrandError(what, code or Exit.FAILED)
+
+
+def _words(problem: Problem) -> str:
+    return f"{problem.field}: {problem.message}" if problem.field else problem.message
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -201,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
     screen = Screen(stream=sys.stdout, clock=time.monotonic)
 
     def tell(name: str, event: Event) -> None:
-        if event.warning:
+        if event.reason in TOLD:
             screen.say(f"{name}: {event.message}")
 
     backend = LocalBackend(args.dir, slots=args.slots, on_event=tell)
@@ -246,11 +262,15 @@ def _finish(args: argparse.Namespace, backend: LocalBackend, item: RunManifest) 
     name, now = item.name, backend.status(item.name)
     print(f"\n{name}: {now.state}")
     for reason in views.reasons(now):
-        print(f"btx: {name}: {reason}", file=sys.stderr)
+        if reason != Reason.INTERRUPTED:
+            print(f"btx: {name}: {reason}", file=sys.stderr)
     for row in now.stages:
         if row.state is State.FAILED:
-            log = backend.log(name, row.name, row.attempt)
-            print(f"btx: {name}/{row.name}: {row.message} (log {log})", file=sys.stderr)
+            log, result, _ = processes.files(run_folder(args.dir, name), row.name, row.attempt)
+            left = processes.read_result(result)
+            # A row's message is cut to fit a status.
+            why = _words(left.problem) if left and left.problem else row.message
+            print(f"btx: {name}/{row.name}: {why} (log {log})", file=sys.stderr)
     if now.model:
         print(f"  model   {now.model}")
     succeeded = now.condition(ConditionType.SUCCEEDED)

@@ -210,7 +210,9 @@ def looked(seen: Observed, status: Status, now: float) -> tuple[Status, list[Sta
     busy = any(a.stage == PREFLIGHT and a.phase is not Phase.ENDED for a in seen.attempts)
     if not isinstance(step, Begin) or (busy and not step.again):
         return status, []
-    row = row if step.again else attempts.begin(row)
+    if not step.again:
+        # The Accepted condition goes on to say why the last look failed.
+        row = change(attempts.begin(row), message=row.message)
     standing, release = edits.standing(spec, status), release_of(seen, status)
     work = Preflight(
         spec=spec, uid=seen.uid, versions=release.kinds, verify=seen.verify,

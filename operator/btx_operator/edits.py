@@ -54,10 +54,10 @@ def admit(seen: Observed, status: Status) -> tuple[Status, Admission]:
         status = status.model_copy(update={"preflight": row, "problems": ()})
     if row.state is not State.COMPLETE:
         return status, Admission(_not_yet(seen.spec, status, row), looking=True)
-    for refuse in (_duplicates, _would_retrain):
-        if verdict := refuse(seen, status):
-            return status, Admission(verdict)
     if (status.generation, status.key) != (seen.generation, key):
+        for refuse in (_duplicates, _would_retrain):
+            if verdict := refuse(seen, status):
+                return status, Admission(verdict)
         status = _accept(seen, status, key)
     return status, Admission(Verdict("True", Reason.ACCEPTED))
 

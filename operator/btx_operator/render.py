@@ -6,6 +6,7 @@ changes its state and now and then while it works. Called by cli.py; knows no en
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,8 +14,8 @@ from btx_api.stage import Progress
 
 PLAIN_SECONDS = 15.0
 """Between two plain lines of a stage whose state does not change."""
-RUNNING, SILENT = "Running", ("Pending", "Starting")
-"""States (status.State) that are shown in their own way: work goes on; nothing to tell yet."""
+RUNNING, SILENT = "Running", ("Pending", "Starting", "BackOff")
+"""States (status.State): work goes on; worth no line of their own."""
 HEADER = ("stage", "state", "step", "loss", "tokens", "tokens/s", "eta", "")
 UP, CLEAR_BELOW = "\x1b[{}A", "\x1b[J"
 
@@ -129,26 +130,25 @@ class Screen:
     def show(self, lines: Sequence[Line]) -> None:
         """Draws the table again, or writes what is new."""
         if self.stream.isatty():
-            width, height = self.size()
-            rows = drawing(lines, width, height)
-            self._erase()
-            self.stream.write("".join(f"{row}\n" for row in rows))
+            rows = drawing(lines, *self.size())
+            self._write([self._erasure(), *(f"{row}\n" for row in rows)])
             self.drawn = len(rows)
         else:
-            for line in filter(self._is_news, lines):
-                self.stream.write(f"{plain(line)}\n")
-        self.stream.flush()
+            self._write([f"{plain(line)}\n" for line in lines if self._is_news(line)])
 
     def say(self, text: str) -> None:
         """Writes a line that stays; the table is drawn below it the next time."""
-        self._erase()
-        self.stream.write(f"{text}\n")
-        self.stream.flush()
+        self._write([self._erasure(), f"{text}\n"])
 
-    def _erase(self) -> None:
-        if self.drawn:
-            self.stream.write(UP.format(self.drawn) + CLEAR_BELOW)
-            self.drawn = 0
+    def _erasure(self) -> str:
+        lines, self.drawn = self.drawn, 0
+        return UP.format(lines) + CLEAR_BELOW if lines else ""
+
+    def _write(self, parts: Sequence[str]) -> None:
+        # A reader that has gone (`btx run | head`) is no reason to stop the work.
+        with suppress(OSError):
+            self.stream.write("".join(parts))
+            self.stream.flush()
 
     def _is_news(self, line: Line) -> bool:
         """A stage's first line, a change of its state, or work worth a line by now."""

@@ -6,7 +6,7 @@ from typing import Protocol
 from btx_api.methods import Graph, finetune_phases
 from btx_api.spec import BTXRunSpec
 from btx_api.stage import Kind, Parameters, Progress
-from btx_api.status import ConditionType, Row, State, Status
+from btx_api.status import ACTIVE, Condition, ConditionType, Row, State, Status
 
 from btx_operator.flops import cost
 from btx_operator.render import Line, count, duration, table
@@ -45,8 +45,14 @@ def stage_lines(run: str, status: Status, progress: Mapping[str, Progress]) -> l
 def _note(row: Row) -> str:
     if row.state is State.WAITING:
         return row.waits_for
+    if row.state is State.COMPLETE and not row.attempt:
+        return REUSED
     if row.state is State.COMPLETE:
-        return duration(row.active_seconds) if row.attempt else REUSED
+        return duration(row.seconds) if row.seconds else ""
+    if row.state in ACTIVE:
+        # What is said of the attempt before is no longer of interest.
+        again = row.failures or row.preemptions or row.lost
+        return f"attempt {row.attempt}" if again else ""
     return row.message
 
 
@@ -90,8 +96,8 @@ def _row(run: Run, row: Row, progress: Mapping[str, Progress]) -> tuple[str, ...
         "" if now.loss is None else f"{now.loss:.4f}",
         "" if row.gain is None else f"{row.gain:+.4f}",
         "yes" if _note(row) == REUSED else "",
-        duration(row.active_seconds) if row.active_seconds else "",
-        "" if row.state is State.COMPLETE else _note(row),
+        duration(row.seconds) if row.seconds else "",
+        "" if row.state in (State.COMPLETE, *ACTIVE) else _note(row),
     )
 
 
@@ -104,16 +110,19 @@ def planned_tokens(spec: BTXRunSpec, stage: str) -> int:
 
 
 def reasons(status: Status) -> list[str]:
-    """Why a run is not accepted, waits, stands or failed; empty for one that is fine."""
-    found = list(status.problems)
-    for kind, truth in (
-        (ConditionType.ACCEPTED, "False"), (ConditionType.QUEUED, "True"),
-        (ConditionType.SUSPENDED, "True"), (ConditionType.SUCCEEDED, "False"),
-    ):  # fmt: skip
-        condition = status.condition(kind)
-        if condition and condition.status == truth and not (found and kind.value == "Accepted"):
-            found.append(f"{condition.reason}: {condition.message}".removesuffix(": "))
-    return found
+    """Why a run is not accepted, or waits, stands or failed; empty for one that is fine."""
+    accepted = status.condition(ConditionType.ACCEPTED)
+    if accepted and accepted.status == "False":
+        return list(status.problems) or [_reason(accepted)]
+    told = ((ConditionType.QUEUED, "True"), (ConditionType.SUSPENDED, "True"),
+            (ConditionType.SUCCEEDED, "False"))  # fmt: skip
+    return [
+        _reason(c) for kind, truth in told if (c := status.condition(kind)) and c.status == truth
+    ]
+
+
+def _reason(condition: Condition) -> str:
+    return f"{condition.reason}: {condition.message}".removesuffix(": ")
 
 
 def final_stage(status: Status, name: str = "") -> Row | None:
@@ -132,7 +141,7 @@ def plan_tables(
     complete: Sequence[bool],
     parameters: Parameters,
     *,
-    tflops: float,
+    tflops: int,
     elsewhere: Mapping[str, str],
 ) -> list[str]:
     """Every stage with what it costs, then what is left to pay.
@@ -157,10 +166,10 @@ def plan_tables(
         f"parameters: seed {count(p.dense)}{mixed}",
         *table(("stage", "state", "tokens", "steps", "FLOPs", "GPU-hours", "digest"), rows),
         f"{todo} of {len(rows)} stages to run: at most {left:.2e} FLOPs or "
-        f"{_hours(left, tflops):.3g} GPU-hours at {tflops:g} TFLOP/s per GPU; "
+        f"{_hours(left, tflops):.3g} GPU-hours at {tflops} TFLOP/s per GPU; "
         f"{_hours(saved, tflops):.3g} GPU-hours are complete in the storage",
     ]
 
 
-def _hours(flops: float, tflops: float) -> float:
+def _hours(flops: float, tflops: int) -> float:
     return flops / (tflops * 1e12) / 3600

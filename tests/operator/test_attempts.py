@@ -40,7 +40,7 @@ def ended(code: int | None, result: Result | None = None) -> Attempt:
 ENDS: dict[str, tuple[Attempt | None, dict[str, Any], Step]] = {
     "a result completes the stage": (
         ended(Exit.OK, Result(metrics={"gain": 0.12344}, token="t" * 16)),
-        {"state": State.COMPLETE, "gain": 0.1234, "token": "t" * 16, "active_seconds": 100},
+        {"state": State.COMPLETE, "gain": 0.1234, "token": "t" * 16, "seconds": 100},
         Done(),
     ),
     "success without a result only looks for the manifest": (
@@ -157,8 +157,8 @@ def test_repeated_losses_back_off() -> None:
 @pytest.mark.parametrize(
     ("policy", "fields", "attempt", "message"),
     [
-        ({"active_deadline_seconds": 160}, {"active_seconds": 60}, {}, "policy.activeDeadlineSeconds passed"),
-        ({"active_deadline_seconds": 161}, {"active_seconds": 60}, {}, None),
+        ({"active_deadline_seconds": 160}, {"seconds": 60}, {}, "policy.activeDeadlineSeconds passed"),
+        ({"active_deadline_seconds": 161}, {"seconds": 60}, {}, None),
         ({"pending_deadline_seconds": 100}, {}, {"phase": Phase.PENDING}, "policy.pendingDeadlineSeconds passed"),
         ({"pending_deadline_seconds": 101}, {}, {"phase": Phase.PENDING}, None),
         ({"pending_deadline_seconds": 1}, {}, {"phase": Phase.QUEUED}, None),
@@ -194,7 +194,7 @@ def test_a_corrupt_artifact_is_made_again_twice_and_then_given_up() -> None:
 def test_forgiving_resets_what_was_counted_but_not_what_is_to_be_replaced() -> None:
     """`btx retry`: a failed stage begins anew, a deadline too."""
     row = a_row(
-        state=State.FAILED, handle="", start_time=None, failures=3, lost=2, active_seconds=50,
+        state=State.FAILED, handle="", start_time=None, failures=3, lost=2, seconds=50,
         exit=1, message="exit 1", preemptions=4, invalid=Invalid(tag="one", count=2),
     )  # fmt: skip
 

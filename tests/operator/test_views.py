@@ -46,7 +46,7 @@ def test_a_run_is_shown_stage_by_stage():
         state="Running",
         stages=rows(
             prepare_code={"state": State.COMPLETE},
-            train_code={"state": State.RUNNING, "attempt": 2, "active_seconds": 65},
+            train_code={"state": State.RUNNING, "attempt": 2, "seconds": 65},
             train_math={"state": State.COMPLETE, "attempt": 1, "gain": 0.25},
             mix={"state": State.FAILED, "attempt": 3, "message": "no space"},
         ),
@@ -103,9 +103,10 @@ def test_nothing_stands_in_the_way_of_a_run_that_is_fine():
 
 
 def test_problems_are_told_once():
-    """Preflight's problems stand for the condition that counts them."""
+    """Preflight's problems stand for the condition that counts them, and for an older failure."""
     refused = a_condition(ConditionType.ACCEPTED, "False", Reason.PROBLEMS_FOUND, "2 problems")
-    status = Status(problems=("spec.seed.uri: none", "x: y"), conditions=(refused,))
+    failed = a_condition(ConditionType.SUCCEEDED, "False", Reason.STAGE_FAILED, "mix: no space")
+    status = Status(problems=("spec.seed.uri: none", "x: y"), conditions=(refused, failed))
     assert views.reasons(status) == ["spec.seed.uri: none", "x: y"]
 
 
@@ -117,11 +118,14 @@ def test_the_display_names_reuse_waiting_and_failure():
             prepare_code={"state": State.COMPLETE},
             train_code={"state": State.WAITING, "waits_for": "other/train-code"},
             train_math={"state": State.BACK_OFF, "attempt": 1, "message": "killed"},
+            mix={"state": State.RUNNING, "attempt": 2, "failures": 1, "message": "killed"},
+            finetune={"state": State.COMPLETE, "attempt": 1, "seconds": 90},
         ),
     )
     found = {line.stage: line for line in views.stage_lines("demo", status, {})}
-    notes = [found[n].note for n in ("prepare-code", "train-code", "train-math", "mix")]
+    notes = [found[name].note for name in ("prepare-code", "train-code", "train-math", "average")]
     assert notes == ["reused", "other/train-code", "killed", ""]
+    assert [found[name].note for name in ("mix", "finetune")] == ["attempt 2", "1m30s"]
     assert next(iter(found)) == "preflight"
     done = Row(name="preflight", digest="", state=State.COMPLETE)
     later = views.stage_lines("demo", status.model_copy(update={"preflight": done}), {})
@@ -144,7 +148,7 @@ def test_a_plan_says_what_is_left_to_pay():
     parameters = Parameters(dense=10**9, total=2 * 10**9, active=15 * 10**8, layers=2, hidden=8)
     complete = [name == "train-code" for name in GRAPH]
     shown = views.plan_tables(
-        GRAPH, complete, parameters, tflops=1.0,
+        GRAPH, complete, parameters, tflops=1,
         elsewhere={GRAPH["train-math"].stage.digest: "dense"},
     )  # fmt: skip
     assert shown[0] == "parameters: seed 1B, mixed 2B, of them active 1.5B"

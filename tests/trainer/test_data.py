@@ -142,7 +142,7 @@ def test_shares_follow_the_weights_at_every_tenth(domains):
 @settings(max_examples=50)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20), st.integers(1, 3000))
 def test_no_source_is_far_from_its_share(tmp_path_factory, weights, count):
-    """After any number of steps a source is less than 1.5 samples from its share, for any weights."""
+    """After any number of steps a source is less than 1.75 samples from its share, for any weights."""
     folder = tmp_path_factory.getbasetemp() / "one"
     one = shards.open(folder) if folder.exists() else prepared(folder, (1, [text(100)]))
     domains = {str(i + 1): one for i in range(len(weights))}
@@ -152,7 +152,7 @@ def test_no_source_is_far_from_its_share(tmp_path_factory, weights, count):
     data = sampler(domains, [phase], batch=1)
     found = Counter(data.sample(i).domain for i in range(count))
     for i, weight in enumerate(weights):
-        assert abs(found[i + 1] - count * weight / math.fsum(weights)) < 1.5
+        assert abs(found[i + 1] - count * weight / math.fsum(weights)) < 1.75
 
 
 def test_every_epoch_visits_every_sequence_once(tmp_path):

@@ -465,15 +465,15 @@ def test_gc_keeps_what_is_young(storage, capsys, monkeypatch):
     store = open_store(storage)
     stage = graph(spec, ask(spec))["mix"].stage
     make(store, stage)
-    assert do(Gc(keep_days=1, dry_run=False), storage) == "0 of 1 stages deleted, 0 bytes"
+    assert do(Gc(keep_days=1, dry_run=False), storage) == "0 files of 0 stages deleted, 0 bytes"
     assert find(store, stage.kind, stage.digest)
     now = errands.probe(store)
     later = dataclasses.replace(now, modified=now.modified + 2 * 86_400)
     monkeypatch.setattr(errands, "probe", lambda _: later)
-    assert do(Gc(keep_days=1), storage).startswith("1 of 1 stages would be deleted, ")
-    assert f"stages/mix/{stage.digest}: 2 files" in capsys.readouterr().out
+    assert do(Gc(keep_days=1), storage).startswith("2 files of 1 stages would be deleted, ")
+    assert f"stages/mix/{stage.digest}: 2 of 2 files" in capsys.readouterr().out
     assert find(store, stage.kind, stage.digest)
-    assert do(Gc(keep_days=1, dry_run=False), storage).startswith("1 of 1 stages deleted")
+    assert do(Gc(keep_days=1, dry_run=False), storage).startswith("2 files of 1 stages deleted, ")
     assert list(store.list("stages/")) == []
     assert store.head(run_record("uid-1"))
 
@@ -495,11 +495,32 @@ def test_gc_by_age_of_records_and_stages(tmp_path):
         make(store, stage)
     for stage in (named, stranger):
         age(root / f"stages/{stage.kind}/{stage.digest}", 10)
-
-    assert do(Gc(keep_days=7, dry_run=False), spec.storage).startswith("1 of 3 stages deleted")
+    collect = Gc(keep_days=7, dry_run=False)
+    assert do(collect, spec.storage).startswith("2 files of 1 stages deleted")
     assert find(store, stranger.kind, stranger.digest) is None
     assert not (root / f"stages/{stranger.kind}/{stranger.digest}").exists()
     age(root / "runs", 8)
-    assert do(Gc(keep_days=7, dry_run=False), spec.storage).startswith("1 of 2 stages deleted")
+    assert do(collect, spec.storage).startswith("2 files of 1 stages deleted")
     assert find(store, named.kind, named.digest) is None
     assert find(store, young.kind, young.digest)
+
+
+def test_gc_of_killed_attempts(tmp_path):
+    """Files that no manifest names go when they are old, also those of a stage that is kept."""
+    spec = spec_of()
+    store = open_store(spec.storage)
+    nodes = graph(spec, ask(spec))
+    root = tmp_path / "storage"
+    complete, never = nodes["mix"].stage, nodes["finetune"].stage
+    make(store, complete)
+    left = [Attempt(store, complete), Attempt(store, never), Attempt(store, complete)]
+    for attempt in left:
+        attempt.put("model.safetensors", b"half")
+    age(root / "stages", 10)
+    store.put(f"{left[2].folder}/young", b"")
+    collect = Gc(keep_days=7, dry_run=False)
+    assert do(collect, spec.storage) == "1 files of 1 stages deleted, 4 bytes"
+    assert list(store.list(f"stages/{never.kind}/{never.digest}")) == []
+    age(root / "stages", 10)
+    assert do(collect, spec.storage) == "3 files of 1 stages deleted, 8 bytes"
+    find(store, complete.kind, complete.digest).verify()

@@ -217,18 +217,18 @@ def test_a_dead_expert_is_reported(studio: Studio, caplog: pytest.LogCaptureFixt
 
 
 def test_the_balancing_loss_balances(studio: Studio) -> None:
-    """The router alone, one expert dead: alpha brings it back, and without it nothing does."""
+    """The router alone, trained fast: without alpha it drifts to a few experts."""
     config = MixtralConfig(**SHAPE, num_local_experts=5, num_experts_per_tok=2)
     studio.add_model("lopsided", config, never_chosen)
-    loads = []
+    ends = []
     for alpha in (0.0, 1.0):
         recipe = finetune_recipe(
             30, trainable=Trainable.ROUTER, routing=Routing(alpha=alpha),
             optimizer=Optimizer(lr=0.01, warmup_steps=0, weight_decay=0),
         )  # fmt: skip
-        _, files = made(studio, studio.task(recipe, ["lopsided", "letters", "sums"]))
-        loads.append(json.loads(files[HISTORY].splitlines()[-1])["expert_load"])
-    assert loads[0][4] < 0.05 and loads[1][4] > 0.1
+        result, _ = made(studio, studio.task(recipe, ["lopsided", "letters", "sums"]))
+        ends.append(result.metrics["balance"])
+    assert ends[0] > 1.2 and ends[1] < 1.1
 
 
 # Accumulation.
@@ -247,6 +247,18 @@ def test_the_micro_batch_changes_rounding_only(studio: Studio, micro_batch: int)
     for name, tensor in load(files[WEIGHTS]).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-6)
     assert parts.metrics == pytest.approx(whole.metrics, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_model_trains_the_same(studio: Studio) -> None:
+    """scheduling.compile changes rounding only."""
+    recipe = train_recipe(4, optimizer=Optimizer(lr=0.1, warmup_steps=0, eps=0.1))
+    studio.add_model("shallow", LlamaConfig(**{**SHAPE, "num_hidden_layers": 1}))
+    names = ["shallow", "letters"]
+    plain, _ = made(studio, studio.task(recipe, names))
+    compiled, _ = made(studio, studio.task(recipe, names, compile=True))
+    assert compiled.metrics == pytest.approx(plain.metrics, rel=1e-5)
+    assert compiled.metrics["gain"] > 0.1
 
 
 # Resume.

@@ -240,15 +240,16 @@ def _make(work: Work) -> Result:
     try:
         made = run(work)
         assert len(made.metrics) <= MAX_METRICS, made.metrics
-        work.publish(Progress(phase="committing"))
-        artifact = work.out.commit(
-            metrics=made.metrics, deviations=made.deviations,
-            maker=_maker(work.execution, time.monotonic() - started),
-            parents=[item.parent for item in work.inputs],
-        )  # fmt: skip
     except BaseException:
         work.out.discard()
         raise
+    work.publish(Progress(phase="committing"))
+    # A commit that fails may have happened all the same, and then its files must stay.
+    artifact = work.out.commit(
+        metrics=made.metrics, deviations=made.deviations,
+        maker=_maker(work.execution, time.monotonic() - started),
+        parents=[item.parent for item in work.inputs],
+    )  # fmt: skip
     _prune(work.store, stage)
     result = _result(artifact, reused=artifact.token != work.out.token)
     return result.model_copy(update={"resumed_step": made.resumed_step})

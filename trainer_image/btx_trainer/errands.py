@@ -10,13 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from btx_api.artifact import REPORT_JSON
+from btx_api.artifact import REPORT_JSON, attempt_folder
 from btx_api.names import MANIFEST
 from btx_api.stage import Export, Gc, Kind, Preflight, Report, Result, TaskExecution
 from pydantic import ValidationError
 
 from btx_trainer.artifacts import Artifact, find
-from btx_trainer.errors import ConfigurationError, MissingError
+from btx_trainer.errors import ConfigurationError, CorruptInputError, MissingError
 from btx_trainer.preflight import preflight, probe
 from btx_trainer.storage import Head, Store, open_store
 
@@ -76,9 +76,9 @@ def _export(errand: Export, store: Store) -> str:
 
 
 def _gc(errand: Gc, store: Store) -> str:
-    """Deletes stages that no run record younger than keep_days names, if they are as old.
+    """Deletes stages that no young run record names, and what killed attempts left of the others.
 
-    Ages are by the storage's own clock. Prints one line per stage.
+    Nothing younger than keep_days, by the storage's own clock. Prints one line per stage.
     """
     oldest = probe(store).modified - errand.keep_days * DAY
     kept = set()
@@ -90,16 +90,31 @@ def _gc(errand: Gc, store: Store) -> str:
     for head in store.list("stages/"):
         _, kind, digest, *_ = head.key.split("/")
         stages[kind, digest].append(head)
-    deleted = size = 0
-    for (kind, digest), heads in stages.items():
-        if (kind, digest) in kept or any(head.modified >= oldest for head in heads):
+    touched = files = size = 0
+    for (kind, digest), every in stages.items():
+        heads = every
+        if (kind, digest) in kept:
+            heads = _orphans(store, Kind(kind), digest, every)
+        if not heads or any(head.modified >= oldest for head in heads):
             continue
-        deleted, size = deleted + 1, size + sum(head.size for head in heads)
+        touched, files = touched + 1, files + len(heads)
+        size += sum(head.size for head in heads)
+        print(f"stages/{kind}/{digest}: {len(heads)} of {len(every)} files")
         if not errand.dry_run:
             _delete(store, heads)
-        print(f"stages/{kind}/{digest}: {len(heads)} files")
     verb = "would be deleted" if errand.dry_run else "deleted"
-    return f"{deleted} of {len(stages)} stages {verb}, {size} bytes"
+    return f"{files} files of {touched} stages {verb}, {size} bytes"
+
+
+def _orphans(store: Store, kind: Kind, digest: str, heads: Iterable[Head]) -> list[Head]:
+    """Files of attempts that the manifest does not name."""
+    try:
+        found = find(store, kind, digest)
+    except CorruptInputError:
+        return []
+    named = found.key("") if found else "nothing"
+    attempts = attempt_folder(kind, digest, "")
+    return [h for h in heads if h.key.startswith(attempts) and not h.key.startswith(named)]
 
 
 def _delete(store: Store, heads: Iterable[Head]) -> None:

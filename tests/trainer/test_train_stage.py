@@ -1,0 +1,142 @@
+"""Real processes, killed and terminated at random steps, end in the bits of one left alone.
+
+TRIALS is how often a stage is interrupted (3).
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from btx_api.artifact import Manifest, checkpoints_folder, manifest_key
+from btx_api.names import TASK_ENV
+from btx_api.spec import Routing
+from btx_api.stage import Exit, Progress, Result, Task
+from training import Studio, finetune_recipe, train_recipe
+
+TRIALS = int(os.environ.get("TRIALS", "3"))
+STEPS = {"train": 400, "finetune": 200}
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    """One storage for all processes."""
+    return Studio(tmp_path_factory.mktemp("studio"))
+
+
+def task_of(studio: Studio, kind: str) -> Task:
+    """A fresh task that takes some seconds and saves every second."""
+    how = {"threads": 2, "checkpoint_seconds": 1, "dead_expert_steps": 3}
+    if kind == "train":
+        return studio.task(train_recipe(STEPS[kind]), ["seed", "letters"], **how)
+    routing = Routing(init="DomainMean")
+    recipe = finetune_recipe(STEPS[kind], routing=routing, experts=(1, 2, 0, 0))
+    return studio.task(recipe, ["mixed", "letters", "sums"], micro_batch=5, **how)
+
+
+class Attempt:
+    """One process of the trainer."""
+
+    def __init__(self, studio: Studio, task: Task) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        folder = Path(tempfile.mkdtemp(dir=studio.folder))
+        self.result, self.log = folder / "result.json", folder / "log.txt"
+        place = {"listen": self.address, "result": str(self.result)}
+        task = task.model_copy(update={"execution": task.execution.model_copy(update=place)})
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "btx_trainer"], stdout=log, stderr=log,
+                env={**os.environ, TASK_ENV: task.model_dump_json(exclude_defaults=True)},
+            )  # fmt: skip
+
+    def reaches(self, step: int) -> Progress:
+        """Its progress at or soon after this step; fails if it ends before."""
+        while True:
+            progress = self._progress()
+            if progress and progress.phase == "training" and progress.step >= step:
+                return progress
+            with pytest.raises(subprocess.TimeoutExpired):
+                self.process.wait(0.05)
+
+    def _progress(self) -> Progress | None:
+        try:
+            with urlopen(f"http://{self.address}/progress", timeout=10) as answer:
+                return Progress.parse(json.load(answer))
+        except URLError:
+            return None
+
+    def ends(self, code: int) -> Result:
+        """Its result."""
+        assert self.process.wait(600) == code, self.log.read_text()
+        return Result.parse(json.loads(self.result.read_text()))
+
+
+@contextmanager
+def attempt(studio: Studio, task: Task) -> Iterator[Attempt]:
+    """A process that does not outlive the test."""
+    started = Attempt(studio, task)
+    try:
+        yield started
+    finally:
+        started.process.kill()
+        started.process.wait()
+
+
+def outcome(studio: Studio, task: Task) -> tuple[dict[str, bytes], dict[str, float]]:
+    """Files and metrics of a committed stage."""
+    stage = task.stage
+    assert stage
+    key = manifest_key(stage.kind, stage.digest)
+    manifest = Manifest.parse(json.loads(studio.store.read(key)))
+    folder = Path(key).parent / "attempts" / manifest.token
+    files = {entry.name: studio.store.read(f"{folder}/{entry.name}") for entry in manifest.files}
+    return files, manifest.metrics
+
+
+@pytest.mark.parametrize(("kind", "trials"), [("train", max(1, TRIALS // 3)), ("finetune", TRIALS)])
+def test_an_interrupted_stage_ends_in_the_same_bits(
+    studio: Studio, kind: str, trials: int
+) -> None:
+    """SIGKILL and SIGTERM at random steps: files and metrics are those of a run left alone."""
+    whole, broken = task_of(studio, kind), task_of(studio, kind)
+    with attempt(studio, whole) as alone:
+        result, kept = _interrupted(studio, broken, STEPS[kind], trials)
+        assert alone.ends(Exit.OK).resumed_step == 0
+    assert result.resumed_step >= kept
+    assert outcome(studio, broken) == outcome(studio, whole)
+    for task in (whole, broken):
+        assert task.stage
+        folder = checkpoints_folder(task.stage.kind, task.stage.digest)
+        assert not (studio.folder / "storage" / folder).exists()
+
+
+def _interrupted(studio: Studio, task: Task, steps: int, trials: int) -> tuple[Result, int]:
+    """The result after so many interruptions, and the step that was surely saved at the last."""
+    draw = random.Random(f"{steps} {trials}")
+    targets = sorted(draw.randrange(steps // 4, steps * 3 // 4) for _ in range(trials))
+    kept = 0
+    for trial, target in enumerate(targets):
+        with attempt(studio, task) as process:
+            progress = process.reaches(target)
+            assert progress.checkpoint_step >= kept
+            if trial % 2:
+                process.process.send_signal(signal.SIGTERM)
+                process.ends(Exit.PREEMPTED)
+                kept = progress.step
+            else:
+                process.process.kill()
+                kept = progress.checkpoint_step
+    with attempt(studio, task) as process:
+        return process.ends(Exit.OK), kept
