@@ -1,6 +1,7 @@
 """The local backend with processes that end when a test says so; driven like the simulator."""
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -23,11 +24,18 @@ class Machine(LocalBackend):
     def __init__(self, root: Path, *, slots: int = 64) -> None:
         self.now = 1_700_000_000.0
         self.fifos = root / "fifos"
-        self.fifos.mkdir(parents=True)
+        self.fifos.mkdir(parents=True, exist_ok=True)
         command = (sys.executable, "-S", "-E", stand_in.__file__, str(self.fifos))
         super().__init__(root, slots=slots, command=command, clock=lambda: self.now)
         self.storage = Storage()
         self.decisions: list[Carried] = []
+
+    @classmethod
+    def after(cls, first: "Machine") -> "Machine":
+        """Another engine over the same folders and storage."""
+        second = cls(first.root, slots=first.slots)
+        second.storage, second.now = first.storage, first.now
+        return second
 
     def reserve(self, run: str, status: Status) -> None:
         check_invariants(self.spec(run), self.status(run), status)
@@ -95,6 +103,12 @@ class Machine(LocalBackend):
         wait_for(child.trainer.process.pid)
         os.close(pipe)
 
+    def listening(self, run: str) -> list[int]:
+        """Waits until every process of a run listens to signals; descriptors to be closed."""
+        children = [child.start for child in self._live(run) if child.trainer is not None]
+        fifos = [stand_in.fifo_of(self.fifos, run, c.name, c.attempt) for c in children]
+        return [os.open(fifo, os.O_WRONLY) for fifo in fifos]
+
     def advance(self, seconds: float) -> None:
         """Time passes; nothing else happens."""
         self.now += seconds
@@ -107,8 +121,9 @@ class Machine(LocalBackend):
 
 
 def wait_for(pid: int) -> None:
-    """Until a child process has ended; it is left to be reaped."""
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    """Until a child process has ended; it is left to be reaped, if it is not already."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 def masked(status: Status) -> dict[str, Any]:

@@ -5,6 +5,7 @@ JSON {"exit": n, "result": {...} or null} in the FIFO `<folder>/<run>.<name>-<at
 Result and exits with n; at SIGTERM with 75 at once, or never if the task's run is named `deaf`.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -34,10 +35,8 @@ def main() -> None:
 def fifo_of(folder: Path, run: str, name: str, attempt: int) -> Path:
     """Made by whoever comes first."""
     path = folder / f"{run}.{name}-{attempt}"
-    try:
+    with contextlib.suppress(FileExistsError):
         os.mkfifo(path)
-    except FileExistsError:
-        pass
     return path
 
 

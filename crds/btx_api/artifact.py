@@ -50,7 +50,8 @@ class FileEntry(Model):
     name: str
     """Relative to the attempt's folder."""
     size: Annotated[int, Field(ge=0)]
-    crc32c: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
+    # The alias generator would write crc32C.
+    crc32c: Annotated[str, Field(pattern="^[0-9a-f]{8}$", alias="crc32c")]
 
 
 class Parent(Model):

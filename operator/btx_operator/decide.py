@@ -12,7 +12,7 @@ from btx_api.spec import BTXRunSpec, Policy
 from btx_api.stage import Exit, Kind, Preflight, Task, TaskExecution
 from btx_api.status import ACTIVE, PREFLIGHT, Reason, Release, Row, State, Status
 
-from btx_operator import attempts, edits, members
+from btx_operator import attempts, edits, members, single_flight
 from btx_operator.attempts import Begin, change, scheduling_of
 from btx_operator.conditions import IN_PROGRESS, Verdict, conclude, events, queued
 from btx_operator.observed import Attempt, Decision, Observed, Phase, Start
@@ -32,7 +32,7 @@ def decide(seen: Observed, now: float) -> Decision:
     starts: list[Start] = []
     succeeded = None
     if spec is not None and admission.accepted:
-        status = shared(seen, status)
+        status = single_flight.shared(seen, status)
         status = members.choose(spec, status, now)
         nodes = edits.graph_of(seen, status)
         final = edits.final_stage(nodes)
@@ -147,44 +147,12 @@ def begun(
         if blocked and not step.again:
             if row.state is State.WAITING:
                 rows[name] = change(row, state=State.PENDING, waits_for="")
-        elif holder := held_by(seen, rows, row, step):
+        elif holder := single_flight.holder(seen, rows, row, step):
             rows[name] = change(row, state=State.WAITING, waits_for=holder, retry_time=None)
         else:
             rows[name] = row if step.again else attempts.begin(row)
             starts.append(start_of(seen, status, rows[name], node))
     return status.model_copy(update={"stages": tuple(rows.values())}), starts
-
-
-def shared(seen: Observed, status: Status) -> Status:
-    """A stage is complete once the one that makes the same artifact for it is."""
-    rows = []
-    for row in status.stages:
-        makers = [other for other in status.stages if other.digest == row.digest]
-        makers += [
-            claim.row
-            for claim in seen.claims.get(row.digest, ())
-            if f"{claim.run}/{claim.row.name}" == row.waits_for
-        ]
-        done = next((maker for maker in makers if maker.state is State.COMPLETE), None)
-        if done and row.state in (State.PENDING, State.BACK_OFF, State.WAITING):
-            rows.append(attempts.complete(row, gain=done.gain, token=done.token))
-        else:
-            rows.append(row)
-    return status.model_copy(update={"stages": tuple(rows)})
-
-
-def held_by(seen: Observed, rows: dict[str, Row], row: Row, step: Begin) -> str:
-    """Who makes the same artifact now; empty: nobody. A queued or failed holder holds nothing."""
-    live = (State.STARTING, State.RUNNING)
-    for twin in rows.values():
-        if twin.digest == row.digest and twin.name != row.name and twin.state in live:
-            return "" if step.again else twin.name
-    for claim in seen.claims.get(row.digest, ()):
-        # Two intents at once: only after two engines wrote them; the older run goes on.
-        older = (claim.created, claim.uid) < (seen.created, seen.uid)
-        if claim.row.state in live and (older or not step.again):
-            return f"{claim.run}/{claim.row.name}"
-    return ""
 
 
 def start_of(seen: Observed, status: Status, row: Row, node: Node) -> Start:
@@ -255,7 +223,9 @@ def pruned(seen: Observed, status: Status, *, hold: bool) -> Iterator[Attempt]:
 def times(seen: Observed, status: Status, now: float) -> Iterator[float]:
     """When the decision may change without a new fact."""
     rows = {row.name: row for row in (*status.stages, *filter(None, [status.preflight]))}
-    found = [row.retry_time for row in rows.values() if row.state is State.BACK_OFF]
+    found: list[float | None] = [
+        row.retry_time for row in rows.values() if row.state is State.BACK_OFF
+    ]
     for attempt in seen.attempts:
         row = rows.get(attempt.stage)
         if seen.spec and row and key_of(row) == (attempt.stage, attempt.number, attempt.digest):

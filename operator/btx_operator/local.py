@@ -18,7 +18,7 @@ from typing import Any
 
 from btx_api.names import API_VERSION, KIND, REFRESH_ANNOTATION, RETRY_ANNOTATION
 from btx_api.spec import BTXRunSpec
-from btx_api.stage import TASK_SCHEMA, VERSIONS, Exit, Progress, canonical
+from btx_api.stage import TASK_SCHEMA, VERSIONS, Exit, Problem, Progress, canonical
 from btx_api.status import ACTIVE, ConditionType, Reason, Release, State, Status
 
 from btx_operator import processes
@@ -175,18 +175,27 @@ class LocalBackend:
         """Where an attempt's output is."""
         return processes.files(self._runs[name].folder, stage, attempt)[0]
 
+    def problem(self, name: str, stage: str, attempt: int) -> Problem | None:
+        """Why an attempt failed, in full; its row has the first words of it."""
+        result = processes.read_result(
+            processes.files(self._runs[name].folder, stage, attempt)[1]
+        )
+        return result.problem if result else None
+
     def interrupt(self) -> None:
         """First call: attempts stop by SIGTERM, `run_until_done` returns. Second: by SIGKILL."""
         if self.closing:
             for child in self._live():
-                self._kill(child)
+                if child.trainer is not None:
+                    child.trainer.kill()
         self.closing = True
         self._wake.set()
 
     def close(self) -> None:
         """Kills what still runs and releases the locks."""
         for child in self._live():
-            self._kill(child)
+            if child.trainer is not None:
+                child.trainer.end()
         for run in self._runs.values():
             os.close(run.lock)
         self._runs.clear()
@@ -213,8 +222,6 @@ class LocalBackend:
         finally:
             watcher.cancel()
             loop.remove_signal_handler(signal.SIGCHLD)
-            for child in self._live():
-                self._kill(child)
 
     async def step(self) -> float | None:
         """One reconcile of every run; then processes for what was started, as cores allow."""
@@ -333,10 +340,6 @@ class LocalBackend:
             child.exit = child.trainer.poll()
             if child.exit is not None:
                 child.ended, child.threads = self.clock(), 0
-
-    def _kill(self, child: _Child) -> None:
-        if child.trainer is not None:
-            child.trainer.kill()
 
     async def _watch(self) -> None:
         """Pulls progress; a slow answer delays nothing else."""

@@ -56,6 +56,11 @@ class Trainer:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
+    def end(self) -> None:
+        """SIGKILL, and no trace of it is left."""
+        self.kill()
+        self.process.wait()
+
     def result(self) -> Result | None:
         """What it left; None when there is nothing readable."""
         return read_result(self.result_file)
@@ -150,8 +155,7 @@ async def run_task(
                 tick(trainer)
             await asyncio.sleep(0.05)
     finally:
-        trainer.kill()
-        trainer.process.wait()
+        trainer.end()
     assert trainer.exit is not None
     return trainer.exit, trainer.result(), trainer.log
 

@@ -7,7 +7,7 @@ from btx_api.spec import BTXRunSpec
 from btx_api.stage import VERSIONS, Exit
 from btx_api.status import ConditionType, Reason, Release, State
 from builders import a_spec, spec_of
-from simulator import Simulator, problem
+from simulator import Simulator, corrupt_input, problem
 
 ACCEPTED, SUCCEEDED = ConditionType.ACCEPTED, ConditionType.SUCCEEDED
 
@@ -318,8 +318,6 @@ def test_a_new_edit_replaces_the_look_at_the_one_before(sim: Simulator) -> None:
 
 def test_a_refresh_while_a_stage_is_repaired_leaves_the_repair_alone(sim: Simulator) -> None:
     """What preflight sees as complete is the corrupt copy."""
-    from simulator import corrupt_input  # noqa: PLC0415
-
     sim.submit(spec_of())
     sim.finish(but=["evaluate"])
     producer = sim.row("train-code")

@@ -5,7 +5,7 @@ from btx_api.spec import BTXRunSpec
 from btx_api.stage import Exit
 from btx_api.status import ConditionType, Reason, State
 from builders import spec_of
-from simulator import Simulator
+from simulator import Simulator, corrupt_input
 
 SUCCEEDED = ConditionType.SUCCEEDED
 
@@ -165,8 +165,6 @@ def test_another_storage_is_another_world(sim: Simulator) -> None:
 
 def test_two_runs_that_find_one_corrupt_copy_repair_it_once(sim: Simulator) -> None:
     """The repair has the artifact's digest, so it flies single too."""
-    from simulator import corrupt_input  # noqa: PLC0415
-
     sim.submit(spec_of(), name="a")
     sim.submit(spec_of(evaluate={"tokens": 7}), name="b")
     sim.finish(but=["evaluate"])

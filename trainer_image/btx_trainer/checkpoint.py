@@ -75,7 +75,9 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes it in the background, after the one before. Its arrays must stay until `wait`."""
         self.wait()
-        self._writing = self._thread.submit(self._write, checkpoint)
+        # The state is small and may change with the next step; the arrays are copies already.
+        state = json.dumps(checkpoint.state, separators=(",", ":")).encode()
+        self._writing = self._thread.submit(self._write, checkpoint, state)
 
     def wait(self) -> None:
         """Until the last `save` is committed; raises what it raised."""
@@ -83,10 +85,9 @@ class Checkpoints:
         if writing:
             writing.result()
 
-    def _write(self, checkpoint: Checkpoint) -> None:
+    def _write(self, checkpoint: Checkpoint, state: bytes) -> None:
         name = f"{checkpoint.step}-{self._token}"
         folder = f"{checkpoints_folder(self._stage.kind, self._stage.digest)}/{name}"
-        state = json.dumps(checkpoint.state, separators=(",", ":")).encode()
         files = (
             self._put(folder, ARRAYS, _safetensors(checkpoint.arrays)),
             self._put(folder, STATE, [memoryview(state)]),

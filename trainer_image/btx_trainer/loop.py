@@ -140,6 +140,7 @@ def train(work: Work, job: Job) -> Made:
         due = time.monotonic() + interval
         while run.step < job.data.steps:
             run.note(_step(job, run.optimizer, run.step), checkpoints.committed)
+            # Storage slower than the interval must not hold up the steps.
             if time.monotonic() >= due and not checkpoints.busy:
                 checkpoints.save(run.checkpoint())
                 due = time.monotonic() + interval
@@ -147,6 +148,7 @@ def train(work: Work, job: Job) -> Made:
         run.measure("loss_after")
     except PreemptedError:
         checkpoints.wait()
+        # The grace period is short: nothing is written twice, and nothing before the first step.
         if run.step > checkpoints.committed[0]:
             checkpoints.save(run.checkpoint())
             checkpoints.wait()
@@ -157,9 +159,8 @@ def train(work: Work, job: Job) -> Made:
 
 
 def _compile(model: PreTrainedModel) -> None:
-    """Block by block, so that one compilation serves all layers; after the router's start, whose
-    rules would each compile anew.
-    """
+    """Block by block: one compilation serves all layers."""
+    # Not before the router's start, whose rules would each compile anew.
     for layer in model.model.layers:
         layer.compile()
 
@@ -214,6 +215,7 @@ def _gradients(job: Job, step: int) -> tuple[Tensor, float | None, list[list[flo
         total += loss.detach()
         if layers:
             part = balance_terms(layers)
+            # A single part is the whole; with alpha 0 it does not matter.
             loss = loss + balancing_share(part, whole or part.all_reduced(), job.alpha)
             terms.append(part.all_reduced())
             counts.append(slot_counts(layers)[0])
@@ -403,6 +405,7 @@ def _put(work: Work, job: Job, history: Sequence[Mapping[str, Any]]) -> None:
         if path.match("*.safetensors*"):
             work.out.add(path, path.name)
     for path in sorted(job.source.iterdir()):
+        # Not the config that transformers writes: it adds defaults, which mix would compare.
         if path.name == "config.json":
             work.out.put(path.name, _config(path.read_bytes(), job.config))
         elif any(map(path.match, MODEL_FILES)) and not path.match("*.safetensors*"):
@@ -420,5 +423,6 @@ def _config(given: bytes, changed: Mapping[str, int]) -> bytes:
 
 def _stored_dtype(source: Path) -> torch.dtype:
     """Of the weights in a model's folder."""
+    # Not the config's, which nothing holds to the truth.
     stored = open_checkpoint(LocalFolder(source), "model").tensors["model.embed_tokens.weight"]
     return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[stored.dtype]

@@ -26,8 +26,7 @@ def lr_at(step: int, steps: int, recipe: Optimizer) -> float:
     """Learning rate of update `step` (from 0) of `steps`: a pure function, nothing to restore.
 
     Linear warm-up reaches the peak at step warmup_steps; one cosine over all phases reaches
-    min_lr_ratio times the peak at the last step (methods.md 1.7; OpenReview of 2403.07816 gives
-    no more than peak, warm-up and floor).
+    min_lr_ratio times the peak at the last step (BTX paper section 4.1: peak, warm-up, floor).
     """
     warmup = recipe.warmup_steps
     if step < warmup:
@@ -55,6 +54,7 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
 
 def update(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, clip: float) -> None:
     """One step of AdamW after clipping to the global norm `clip` (0: none); drops the gradients."""
+    # As torch clips: by clip / (norm + 1e-6), never up.
     if clip:
         clip_grads_with_norm_(_parameters(optimizer), clip, norm)
     for group in optimizer.param_groups:
@@ -74,6 +74,7 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, into: dict[str,
             into[name] = torch.empty(tensor.shape, pin_memory=tensor.is_cuda)
         into[name].copy_(tensor, non_blocking=True)
     if torch.cuda.is_available():
+        # The copies to pinned memory are under way; the next step would change what they read.
         torch.cuda.synchronize()
     return {name: buffer.numpy() for name, buffer in into.items()}
 

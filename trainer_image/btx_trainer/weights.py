@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -176,9 +177,8 @@ def write_plan(
         for name, shard in zip(names, shards, strict=True):
             with writer.sink(name) as sink:
                 sink.write(memoryview(_header(shard)))
-                for tensor in shard:
-                    for data in _data(tensor, models, pieces):
-                        sink.write(data)
+                for data in chain.from_iterable(_data(t, models, pieces) for t in shard):
+                    sink.write(data)
     if count == 1:
         return (SINGLE,)
     index = {
