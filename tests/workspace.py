@@ -83,7 +83,9 @@ class Workspace:
     def stage_folder(self, stage: str, run: str = "tiny") -> Path:
         """Where a stage's artifact is in the storage."""
         row = next(row for row in self.status(run).stages if row.name == stage)
-        return self.folder / "build/demo/storage/stages" / stage.split("-", maxsplit=1)[0] / row.digest
+        return (
+            self.folder / "build/demo/storage/stages" / stage.split("-", maxsplit=1)[0] / row.digest
+        )
 
     def artifact(self, stage: str, run: str = "tiny") -> Path:
         """The folder of the files that a stage's manifest names."""
@@ -117,7 +119,7 @@ class Workspace:
 def _put(target: Any, path: list[str], value: Any) -> None:
     for part in path[:-1]:
         target = target[int(part)] if part.isdigit() else target.setdefault(part, {})
-    target[path[-1]] = value
+    target[int(path[-1]) if path[-1].isdigit() else path[-1]] = value
 
 
 def flip(path: Path, offset: int = -7) -> None:

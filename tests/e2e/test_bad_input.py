@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from btx_trainer.model import new_model, save_model
+from transformers import LlamaConfig
 from workspace import Workspace
 
 
@@ -67,7 +70,10 @@ def no_tokenizer(w: Workspace) -> None:
 
 
 def ready_of_another_width(w: Workspace) -> None:
-    edit_config(ready(w), intermediate_size=353)
+    folder = ready(w)
+    config = LlamaConfig.from_pretrained(folder)
+    config.intermediate_size = 176
+    save_model(new_model(config, seed=3), folder, torch.float32)
 
 
 def ready_of_another_rope(w: Workspace) -> None:
@@ -84,14 +90,14 @@ def ready_with_another_tokenizer(w: Workspace) -> None:
 
 
 ROWS: list[tuple[Callable[[Workspace], None], tuple[str, ...]]] = [
-    (no_such_data, ("experts[0].data[0].uri", "none/*.py")),
-    (no_such_seed, ("seed.uri", "build/demo/nothing")),
-    (storage_below_a_file, ("storage.uri", "general.jsonl")),
+    (no_such_data, ("experts[0].data[0].uri", "matches no file")),
+    (no_such_seed, ("seed.uri", "config.json: no such file")),
+    (storage_below_a_file, ("storage.uri", "Not a directory")),
     (unsupported_architecture, ("seed", "model_type", "gemma2")),
     (unknown_config_field, ("seed", "novel_scaling")),
     (truncated_seed, ("seed", "model.safetensors")),
-    (no_tokenizer, ("prepare.tokenizer", "build/demo/nothing")),
-    (ready_of_another_width, ("experts[2].model", "intermediate_size", "353", "352")),
+    (no_tokenizer, ("prepare.tokenizer", "No such file")),
+    (ready_of_another_width, ("experts[2].model", "intermediate_size", "176", "352")),
     (ready_of_another_rope, ("experts[2].model", "rope", "500000", "10000")),
     (ready_with_another_tokenizer, ("experts[2].model", "tokenizer")),
 ]

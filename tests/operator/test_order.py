@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+from btx_api.spec import BTXRunSpec
 from btx_api.stage import Exit, Result
 from btx_api.status import PREFLIGHT, ConditionType, State, Status
 from builders import spec_of
@@ -151,3 +152,89 @@ def test_the_script_has_a_failed_expert_and_a_repair() -> None:
     assert sim.row("train-c").invalid is not None
     assert sim.row("finetune").failures == 1
     assert sim.condition(ConditionType.SUCCEEDED)[0] == "True"
+
+
+USERS = st.lists(
+    st.one_of(
+        st.sampled_from(["suspend", "refresh", "retry", "unreadable", "immutable", "close", "gone"]),
+        st.sampled_from(["a", "ab", "abc", "abcd", "retrain", "minimum"]),
+        st.tuples(st.integers(0, 9), st.sampled_from([*Exit, -9])),
+        st.just("look"),
+        st.just("begin"),
+        st.just("wait"),
+    ),
+    max_size=60,
+)
+"""What users, nodes and time may do to a run: letters are its experts, pairs end an attempt."""
+
+
+def of_experts(names: str, **changes: Any) -> BTXRunSpec:
+    """A spec that may be edited in every way."""
+    tokens = changes.pop("tokens", 100)
+    experts = [
+        {"name": name, "tokens": tokens, "data": [{"uri": f"file://{name}"}]} for name in names
+    ]
+    policy = {"allowRetrain": True, "maxParallelExperts": 2, **changes.pop("policy", {})}
+    return spec_of(experts=experts, policy=policy, **changes)
+
+
+def disturb(sim: Simulator, move: str) -> None:
+    """One thing that is not the end of an attempt."""
+    world = sim.worlds["run"]
+    edits = {
+        "suspend": of_experts("ab", suspend=True),
+        "unreadable": None,
+        "immutable": of_experts("ab", method="Dense"),
+        "retrain": of_experts("ab", tokens=200),
+        "minimum": of_experts("ab", policy={"minExperts": 1, "failurePolicy": "Quorum"}),
+    }
+    match move:
+        case "look":
+            sim.step()
+        case "begin":
+            sim.begin_pending()
+        case "wait":
+            sim.advance(100)
+        case "close":
+            world.closing = not world.closing
+        case "refresh" | "retry":
+            setattr(world, move, f"{len(sim.decisions)}")
+        case "gone" if sim.live():
+            sim.vanish(next(iter(sim.live())))
+        case _ if move in edits:
+            sim.submit(edits[move])
+        case _ if set(move) <= set("abcd"):
+            sim.submit(of_experts(move))
+
+
+def report_of(sim: Simulator, stage: str, code: int) -> Result | None:
+    """A corrupt input is one that exists; else the reader has not read anything."""
+    readable = [row for row in sim.status().stages if row.digest in sim.storage.complete]
+    if code == Exit.CORRUPT and readable and stage != PREFLIGHT:
+        return corrupt_input(readable[-1], sim.storage.complete[readable[-1].digest])
+    return None
+
+
+@settings(max_examples=25, deadline=None)
+@given(history=USERS)
+def test_any_history_can_be_mended(history: list[Any]) -> None:
+    """Whatever happened, a good spec and one retry end in success; every step keeps the rules."""
+    sim = Simulator()
+    sim.submit(of_experts("ab"))
+    for move in history:
+        if isinstance(move, str):
+            disturb(sim, move)
+        elif sim.live():
+            stages = list(sim.live())
+            stage = stages[move[0] % len(stages)]
+            sim.end(stage, move[1], result=report_of(sim, stage, move[1]))
+
+    world = sim.submit(of_experts("abc"))
+    world.closing, world.retry = False, "at last"
+    for _ in range(5):
+        sim.finish()
+        sim.advance(600)
+
+    assert sim.condition(ConditionType.SUCCEEDED)[0] == "True"
+    assert sim.status().members is not None
+    assert sim.live() == {}

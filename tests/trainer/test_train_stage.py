@@ -1,6 +1,6 @@
 """Real processes, killed and terminated at random steps, end in the bits of one left alone.
 
-TRIALS is how often a stage is interrupted (3).
+TRIALS is how often the two stages are interrupted in all (3); every other time by SIGTERM.
 """
 
 import json
@@ -25,7 +25,7 @@ from btx_api.stage import Exit, Progress, Result, Task
 from training import Studio, finetune_recipe, train_recipe
 
 TRIALS = int(os.environ.get("TRIALS", "3"))
-STEPS = {"train": 400, "finetune": 200}
+STEPS = {"train": 250, "finetune": 120}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def outcome(studio: Studio, task: Task) -> tuple[dict[str, bytes], dict[str, flo
     return files, manifest.metrics
 
 
-@pytest.mark.parametrize(("kind", "trials"), [("train", max(1, TRIALS // 3)), ("finetune", TRIALS)])
+@pytest.mark.parametrize(("kind", "trials"), [("train", TRIALS // 3), ("finetune", TRIALS - TRIALS // 3)])
 def test_an_interrupted_stage_ends_in_the_same_bits(
     studio: Studio, kind: str, trials: int
 ) -> None:
