@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.alias_generators import to_camel
+from pydantic_core import ErrorDetails
 
 COUNT_PATTERN = r"^[0-9]+(\.[0-9]+)?[KMBT]?$"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
@@ -694,26 +695,31 @@ def _path_of(spec: BTXRunSpec, domain: str) -> str:
 
 def explain(error: ValidationError, root: str = "spec") -> list[str]:
     """One line per problem: field path, what is wrong, what was given."""
-    lines = []
     found = error.errors(include_url=False)
-    for item in found:
-        depth = len(item["loc"])
-        inner = any(len(e["loc"]) > depth and e["loc"][:depth] == item["loc"] for e in found)
-        if item["type"] == "too_short" and inner:
-            continue  # pydantic counts only the items that are right
-        path = root
-        for part in item["loc"]:
-            path += f"[{part}]" if isinstance(part, int) else f".{part}"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "value_error":
-            # Our own rules name the rest of the path themselves: "policy.minExperts: 5 of 3".
-            joint = "." if re.match(r"^[a-z][\w.\[\]-]*: ", message) else ": "
-            lines.append(f"{path}{joint}{message}")
-        elif item["type"] == "extra_forbidden":
-            lines.append(f"{path}: unknown field")
-        elif item["type"] == "missing":
-            lines.append(f"{path}: is required")
-        else:
-            message = message[0].lower() + message[1:]
-            lines.append(f"{path}: {message} (got {str(item['input'])[:60]!r})")
-    return lines
+    places = [item["loc"] for item in found]
+    return [
+        _line(item, root)
+        for item in found
+        # pydantic counts only the items that are right: a list with a wrong one looks too short.
+        if item["type"] != "too_short" or not any(_within(place, item["loc"]) for place in places)
+    ]
+
+
+def _within(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer
+
+
+def _line(item: ErrorDetails, root: str) -> str:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])
+    path, message = root + "".join(parts), item["msg"].removeprefix("Value error, ")
+    match item["type"]:
+        case "value_error" if re.match(r"^[a-z][\w.\[\]-]*: ", message):
+            # Our own rules name the rest of the path: "policy.minExperts: 5 of 3 experts".
+            return f"{path}.{message}"
+        case "value_error":
+            return f"{path}: {message}"
+        case "extra_forbidden":
+            return f"{path}: unknown field"
+        case "missing":
+            return f"{path}: is required"
+    return f"{path}: {message[0].lower()}{message[1:]} (got {str(item['input'])[:60]!r})"

@@ -36,7 +36,7 @@ def decide(seen: Observed, now: float) -> Decision:
         status = members.choose(spec, status, now)
         nodes = edits.graph_of(seen, status)
         final = edits.final_stage(nodes)
-        rows = edits.rows_of(nodes, status)
+        rows = edits.rows_of(nodes, seen, status)
         status = status.model_copy(update={"stages": tuple(rows.values())})
         succeeded = outcome(spec, status, edits.wanted(nodes), now)
         todo = edits.wanted(nodes) if succeeded == IN_PROGRESS and not halt else set()

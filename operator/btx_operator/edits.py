@@ -192,7 +192,7 @@ def _accept(seen: Observed, status: Status, key: str) -> Status:
     assert spec is not None and resolved is not None
     anew = status.members_key != members_key(spec)
     nodes = graph_of(seen, status)
-    rows = rows_of(nodes, status)
+    rows = rows_of(nodes, seen, status)
     for name, row in rows.items():
         if row.state is State.FAILED or (row.state is State.LATE and anew):
             rows[name] = change(attempts.forgive(row), state=State.PENDING)
@@ -214,19 +214,23 @@ def _accept(seen: Observed, status: Status, key: str) -> Status:
     return status.model_copy(update=update)
 
 
-def rows_of(nodes: Graph, status: Status) -> dict[str, Row]:
-    """One row per stage that the result needs or that was tried; numbers of attempts go on."""
-    old = {row.name: row for row in status.stages}
-    needed = wanted(nodes)
-    rows = {}
+def rows_of(nodes: Graph, seen: Observed, status: Status) -> dict[str, Row]:
+    """One row per stage that the result needs or that was tried.
+
+    Numbers of attempts go on, so that an attempt of an older row is never taken for one of this.
+    """
+    rows = {row.name: row for row in status.stages}
+    last = {name: row.attempt for name, row in rows.items()}
+    for attempt in seen.attempts:
+        last[attempt.stage] = max(attempt.number, last.get(attempt.stage, 0))
+    needed, found = wanted(nodes), {}
     for name, node in nodes.items():
-        row = old.get(name)
-        if row is None and name not in needed:
-            continue
-        if row is None or row.digest != node.stage.digest:
-            row = Row(name=name, digest=node.stage.digest, attempt=row.attempt if row else 0)
-        rows[name] = row
-    return rows
+        row = rows.get(name)
+        if row is not None and row.digest == node.stage.digest:
+            found[name] = row
+        elif row is not None or name in needed:
+            found[name] = Row(name=name, digest=node.stage.digest, attempt=last.get(name, 0))
+    return found
 
 
 def wanted(nodes: Graph) -> set[str]:

@@ -456,14 +456,15 @@ def test_what_is_not_known_is_not_shown():
     )
 
 
-def test_only_movement_is_progress(monkeypatch):
-    """The same step published again does not keep a stage alive; another one does."""
+def test_a_stage_is_idle_since_it_last_published(monkeypatch):
+    """A measurement publishes per batch with the step unchanged: that is progress; silence is not."""
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     telemetry = Telemetry(run="r", stage="s", kind=Kind.TRAIN)
-    for time, step, idle in ((10.0, 1, 0.0), (30.0, 1, 20.0), (40.0, 2, 0.0)):
+    for time, publishes, idle in ((10.0, True, 0.0), (30.0, False, 20.0), (40.0, True, 0.0)):
         now[0] = time
-        telemetry.publish(Progress(phase="training", step=step))
+        if publishes:
+            telemetry.publish(Progress(phase="evaluating", step=1))
         assert telemetry.idle == idle
 
 

@@ -45,7 +45,7 @@ class Telemetry:
 
     @property
     def idle(self) -> float:
-        """Seconds since the work last moved: another phase, step or number of tokens."""
+        """Seconds since the work last published: each value stands for a unit of work done."""
         return time.monotonic() - self._moved
 
     def publish(self, progress: Progress) -> None:
@@ -53,8 +53,7 @@ class Telemetry:
         before = self._latest
         self._latest = progress.model_copy(update={"kind": self._kind, "time": time.time()})
         now = time.monotonic()
-        if _position(progress) != _position(before):
-            self._moved = now
+        self._moved = now
         last = progress.step == progress.steps and progress.step != before.step
         if last or progress.phase != before.phase or now - self._logged >= LINE_SECONDS:
             self._logged = now
@@ -115,10 +114,6 @@ class Telemetry:
                 named = {**self._labels, **labels}
                 family.add_metric([named[name] for name in metric.labels], value)
             yield family
-
-
-def _position(progress: Progress) -> tuple[str, int, int]:
-    return progress.phase, progress.step, progress.tokens
 
 
 def line(progress: Progress) -> str:

@@ -175,19 +175,22 @@ def write_plan(
     reads = (read for shard in shards for tensor in shard for read in _reads(tensor, models))
     with _read_ahead(reads) as pieces:
         for name, shard in zip(names, shards, strict=True):
-            with writer.sink(name) as sink:
-                sink.write(memoryview(_header(shard)))
-                for data in chain.from_iterable(_data(t, models, pieces) for t in shard):
-                    sink.write(data)
+            body = chain.from_iterable(_data(tensor, models, pieces) for tensor in shard)
+            _write(writer, name, chain([memoryview(_header(shard))], body))
     if count == 1:
         return (SINGLE,)
     index = {
         "metadata": {"total_size": sum(_nbytes(tensor.spec) for tensor in plan)},
         "weight_map": {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard},
     }
-    with writer.sink(INDEX) as sink:
-        sink.write(memoryview(json.dumps(index, indent=2, sort_keys=True).encode()))
+    _write(writer, INDEX, [memoryview(json.dumps(index, indent=2, sort_keys=True).encode())])
     return (*names, INDEX)
+
+
+def _write(writer: Writer, name: str, pieces: Iterable[memoryview]) -> None:
+    with writer.sink(name) as sink:
+        for piece in pieces:
+            sink.write(piece)
 
 
 # Reading: files and headers.
