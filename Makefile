@@ -1,6 +1,7 @@
 # Everything a person or CI types. `make` alone lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 export PYTHONHASHSEED := 0
 
 .PHONY: help setup demo test check generate clean
@@ -21,7 +22,7 @@ demo: setup  ## Seed, three experts, their mix and a dense baseline on real text
 	$(BIN)/python examples/demo.py
 
 test: setup build/.chromium  ## Every test this machine can run
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
 	@echo "tiers run: unit, e2e (one machine). Tiers cluster and e2e on Kubernetes: not written yet."
 
 build/.chromium:

@@ -61,9 +61,7 @@ class Storage:
 
     def resolve(self, spec: BTXRunSpec, members: tuple[str, ...] | None, task: Task) -> Resolved:
         """What preflight would answer."""
-        domains = tuple(
-            self.fingerprints.get(name, f"{name:d<22}"[:22]) for name in spec.domains()
-        )
+        domains = tuple(self.fingerprints.get(name, f"{name:d<22}"[:22]) for name in spec.domains())
         ready = [expert.name for expert in spec.experts if expert.model]
         models = tuple(self.models.get(name, f"{name:m<22}"[:22]) for name in ready)
         base = resolved_for(spec, domains=domains, models=models)
@@ -365,7 +363,8 @@ class Simulator:
             (world.spec and storage_key(world.spec), attempt.digest)
             for world in self.worlds.values()
             for attempt in world.attempts.values()
-            if attempt.phase in (Phase.PENDING, Phase.RUNNING) and not attempt.stopping
+            if attempt.phase in (Phase.PENDING, Phase.RUNNING)
+            and not attempt.stopping
             and attempt.stage not in (PREFLIGHT, "stranger")
         ]
         assert len(digests) == len(set(digests))

@@ -20,7 +20,9 @@ def main() -> None:
     execution = json.loads(text)["execution"]
     deaf = execution["run"] == "deaf"
     signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else lambda *_: os._exit(75))
-    fifo = fifo_of(Path(sys.argv[1]), execution["run"], execution["name"], execution.get("attempt", 1))
+    fifo = fifo_of(
+        Path(sys.argv[1]), execution["run"], execution["name"], execution.get("attempt", 1)
+    )
     print(f"waiting for {fifo.name}", flush=True)
     with fifo.open() as told:
         answer = json.loads(told.readline())

@@ -143,9 +143,7 @@ class Studio:
 
     def _open(self, item: Content | Output, location: Location) -> Artifact | Outside:
         if isinstance(item, Content):
-            return Outside(
-                location=location, fingerprint=item.fingerprint, storage=self.storage
-            )
+            return Outside(location=location, fingerprint=item.fingerprint, storage=self.storage)
         assert location.kind
         found = find(self.store, location.kind, item.digest)
         assert found

@@ -170,6 +170,13 @@ def due(row: Row, attempt: Attempt, policy: Policy) -> tuple[float, str] | None:
     return None
 
 
+def words(code: int, result: Result) -> str:
+    """Exit code and problem, on one line of any length."""
+    problem = result.problem
+    said = "" if problem is None else f": {problem.field}: {problem.message}"
+    return f"exit {code}" + said.replace(": : ", ": ")
+
+
 def _live(row: Row, attempt: Attempt, policy: Policy, now: float) -> Row:
     deadline = due(row, attempt, policy)
     if deadline and now >= deadline[0]:
@@ -187,7 +194,7 @@ def _live(row: Row, attempt: Attempt, policy: Policy, now: float) -> Row:
 def _ended(row: Row, attempt: Attempt, code: int, policy: Policy, now: float) -> Row:
     result, stopped = attempt.result or Result(), row.state is State.STOPPING
     row = change(row, seconds=row.seconds + round(attempt.seconds))
-    message = _words(code, result)
+    message = words(code, result)
     match code:
         case Exit.OK if attempt.result is not None:
             row = complete(row, gain=result.metrics.get("gain"), token=result.token)
@@ -209,18 +216,13 @@ def _ended(row: Row, attempt: Attempt, code: int, policy: Policy, now: float) ->
     return row if row.state in (State.PENDING, State.COMPLETE) else change(row, exit=code)
 
 
-def _words(code: int, result: Result) -> str:
-    problem = result.problem
-    said = "" if problem is None else f": {problem.field}: {problem.message}"
-    return f"exit {code}" + said.replace(": : ", ": ")
-
-
 def _lost(row: Row, message: str, policy: Policy, now: float) -> Row:
     # The first time at once: the usual cause is that the engine itself was killed.
     time = _after(row.lost, policy, now) if row.lost else int(now)
     return change(
-        _over(row, State.BACK_OFF), lost=row.lost + 1, message=message, retry_time=time
-    )
+        _over(row, State.BACK_OFF), lost=row.lost + 1, retry_time=time,
+        message=brief(message, SHORT_LENGTH),
+    )  # fmt: skip
 
 
 def _over(row: Row, state: State) -> Row:

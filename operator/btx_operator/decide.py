@@ -122,9 +122,7 @@ def halted(status: Status, keep: set[str]) -> Status:
     return status.model_copy(update={"stages": rows, "preflight": errand})
 
 
-def begun(
-    seen: Observed, status: Status, nodes: Graph, now: float
-) -> tuple[Status, list[Start]]:
+def begun(seen: Observed, status: Status, nodes: Graph, now: float) -> tuple[Status, list[Start]]:
     """Starts what may start, in the order of the graph."""
     assert seen.spec is not None
     rows = {row.name: row for row in status.stages}
@@ -139,19 +137,16 @@ def begun(
         trains = sum(
             r.kind is Kind.TRAIN and r.state in (*ACTIVE, State.STOPPING) for r in rows.values()
         )
-        blocked = (
-            name in busy
-            or any(rows[need].state is not State.COMPLETE for need in node.needs)
-            or (node.stage.kind is Kind.TRAIN and trains >= limit and not step.again)
-        )
-        if blocked and not step.again:
-            if row.state is State.WAITING:
-                rows[name] = change(row, state=State.PENDING, waits_for="")
-        elif holder := single_flight.holder(seen, rows, row, step):
-            rows[name] = change(row, state=State.WAITING, waits_for=holder, retry_time=None)
-        else:
+        ready = all(rows[need].state is State.COMPLETE for need in node.needs) and name not in busy
+        turn = node.stage.kind is not Kind.TRAIN or trains < limit
+        held = single_flight.holder(seen, rows, row, step) if ready or step.again else ""
+        if held:
+            rows[name] = change(row, state=State.WAITING, waits_for=held, retry_time=None)
+        elif step.again or (ready and turn):
             rows[name] = row if step.again else attempts.begin(row)
             starts.append(start_of(seen, status, rows[name], node))
+        elif row.state is State.WAITING:
+            rows[name] = change(row, state=State.PENDING, waits_for="")
     return status.model_copy(update={"stages": tuple(rows.values())}), starts
 
 

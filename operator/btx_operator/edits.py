@@ -45,7 +45,8 @@ def admit(seen: Observed, status: Status) -> tuple[Status, Admission]:
     """Accepts, refuses, or asks for a preflight."""
     for refuse in (_unreadable, _immutable, _too_old):
         if verdict := refuse(seen, status):
-            return status.model_copy(update={"problems": seen.problems}), Admission(verdict)
+            problems = tuple(brief(problem, 100) for problem in seen.problems[:8])
+            return status.model_copy(update={"problems": problems}), Admission(verdict)
     assert seen.spec is not None
     key = preflight_key(seen.spec, seen.refresh)
     row = status.preflight
@@ -93,21 +94,24 @@ def hear(seen: Observed, status: Status, attempt: Attempt | None, now: float) ->
         return status
     # Preflight never gives up: a Secret made later heals the run.
     policy = seen.spec.policy.model_copy(update={"max_retries": 10**9})
-    ended = row.state in ACTIVE and attempt is not None and attempt.exit is not None
-    result = attempt.result if attempt and ended else None
+    asked = row.state in (*ACTIVE, State.STOPPING)
+    code = attempt.exit if attempt and asked else None
+    result = attempt.result if attempt and code is not None else None
     answer = result.resolved if result else None
-    if attempt and answer and not answer.problems and attempt.exit == Exit.OK:
+    if answer and not answer.problems and code == Exit.OK:
         return _resolved(seen, status, answer, attempts.complete(row))
     problems = answer.problems if answer else ()
-    if attempt and result and result.problem and attempt.exit == Exit.CONFIGURATION:
+    if result and result.problem and code == Exit.CONFIGURATION:
         problems = problems or (brief(f"{result.problem.field}: {result.problem.message}", 100),)
     if problems:
         row = attempts.fail(row, problems[0], policy, now)
         return status.model_copy(update={"preflight": row, "problems": problems})
-    if attempt and ended and attempt.exit in (Exit.OK, Exit.CONFIGURATION):
-        row = attempts.fail(row, f"exit {attempt.exit} without an answer", policy, now)
+    if code in (Exit.OK, Exit.CONFIGURATION):
+        row = attempts.fail(row, f"exit {code} without an answer", policy, now)
     else:
         row = attempts.record(row, attempt, policy, now)
+        if result and row.message:
+            row = change(row, message=brief(attempts.words(code or 0, result)))
     return status.model_copy(update={"preflight": row})
 
 

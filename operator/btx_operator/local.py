@@ -177,9 +177,7 @@ class LocalBackend:
 
     def problem(self, name: str, stage: str, attempt: int) -> Problem | None:
         """Why an attempt failed, in full; its row has the first words of it."""
-        result = processes.read_result(
-            processes.files(self._runs[name].folder, stage, attempt)[1]
-        )
+        result = processes.read_result(processes.files(self._runs[name].folder, stage, attempt)[1])
         return result.problem if result else None
 
     def interrupt(self) -> None:

@@ -63,9 +63,7 @@ def choose(spec: BTXRunSpec, status: Status, now: float) -> Status:
         if _state(status, f"{Kind.PREPARE}-{expert.name}") is State.FAILED
     )
     members = Members(experts=complete, without=lost)
-    return status.model_copy(
-        update={"members": members, "stages": rows, "expert_since": None}
-    )
+    return status.model_copy(update={"members": members, "stages": rows, "expert_since": None})
 
 
 def failure(spec: BTXRunSpec, status: Status, needed: set[str], now: float) -> Verdict | None:

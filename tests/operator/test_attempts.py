@@ -47,7 +47,7 @@ ENDS: dict[str, tuple[Attempt | None, dict[str, Any], Step]] = {
         ended(Exit.OK), {"state": State.PENDING, "check": True, "failures": 0, "lost": 0}, Begin(3),
     ),
     "a missing artifact was lost": (
-        ended(Exit.MISSING, problem("no manifest")),
+        ended(Exit.MISSING, problem("no manifest" * 50)),
         {"state": State.BACK_OFF, "check": False, "lost": 1, "failures": 0}, Begin(3),
     ),
     "a failure is counted and followed by a back-off": (
@@ -88,6 +88,7 @@ def test_the_end_of_an_attempt(case: str) -> None:
     assert {name: getattr(row, name) for name in fields} == fields
     assert step(row, NOW) == then
     assert (row.handle, row.start_time) == ("", None)
+    assert Row.parse(row.plain()) == row
 
 
 @pytest.mark.parametrize("code", [None, *Exit])

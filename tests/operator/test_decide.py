@@ -177,7 +177,9 @@ def test_an_intent_survives_a_crash(sim: Simulator) -> None:
     sim.settle()
     sim.vanish("preflight")
     world = sim.worlds["run"]
-    errand = sim.row("preflight").model_copy(update={"state": State.STARTING, "handle": "", "start_time": None})
+    errand = sim.row("preflight").model_copy(
+        update={"state": State.STARTING, "handle": "", "start_time": None}
+    )
     world.status = world.status.model_copy(update={"preflight": errand})
 
     decision = sim.step()
@@ -318,7 +320,10 @@ def test_the_pending_deadline_stands_while_queued(sim: Simulator) -> None:
     sim.held = {"prepare-code", "prepare-math", "prepare-general"}
     named = {"execution": {"prepare": {"queueName": "team"}}}
     sim.submit(spec_of(policy={"pendingDeadlineSeconds": 10}, **named))
-    sim.submit(spec_of(policy={"pendingDeadlineSeconds": 10}, storage={"uri": "file://other"}), name="other")
+    sim.submit(
+        spec_of(policy={"pendingDeadlineSeconds": 10}, storage={"uri": "file://other"}),
+        name="other",
+    )
     sim.settle()
     sim.end("preflight")
     sim.end("preflight", run="other")
@@ -333,9 +338,7 @@ def test_the_pending_deadline_stands_while_queued(sim: Simulator) -> None:
 
 def test_experts_train_in_spec_order_so_many_at_once(sim: Simulator) -> None:
     """maxParallelExperts counts those that are still stopping, too (an invariant of each step)."""
-    experts = [
-        {"name": f"e{i}", "tokens": 10, "data": [{"uri": f"file://{i}"}]} for i in range(5)
-    ]
+    experts = [{"name": f"e{i}", "tokens": 10, "data": [{"uri": f"file://{i}"}]} for i in range(5)]
     sim.submit(spec_of(experts=experts, policy={"maxParallelExperts": 2}))
 
     sim.finish()
@@ -416,7 +419,11 @@ def test_tasks_carry_what_the_run_was_accepted_with(sim: Simulator) -> None:
     assert (task.execution.image, train.execution.image) == ("trainer:1", "trainer:1")
     assert train.stage is not None and train.stage.version == 7
     assert train.execution.scheduling.threads == 3
-    assert (train.execution.run, train.execution.uid, train.execution.name) == ("run", "uid-run", "train-code")
+    assert (train.execution.run, train.execution.uid, train.execution.name) == (
+        "run",
+        "uid-run",
+        "train-code",
+    )
     assert train.execution.no_progress_seconds == 99
     assert [location.uri for location in train.execution.inputs] == ["file://seed", ""]
 

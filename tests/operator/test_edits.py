@@ -70,7 +70,8 @@ def test_an_edit_of_a_finished_run(sim: Simulator, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"policy": {"maxRetries": 9}}, {"suspend": True}, {"execution": {"train": {"threads": 2}}}]
+    "change",
+    [{"policy": {"maxRetries": 9}}, {"suspend": True}, {"execution": {"train": {"threads": 2}}}],
 )
 def test_policy_suspend_and_scheduling_need_no_preflight(
     sim: Simulator, change: dict[str, Any]
@@ -268,7 +269,7 @@ def test_an_unreadable_spec_changes_nothing(sim: Simulator) -> None:
     sim.submit(spec_of())
     sim.finish(but=["train-code", "train-math"])
 
-    sim.submit(None, problems=("spec.experts: is required",))
+    sim.submit(None, problems=("spec.experts: is required", *["p" * 300] * 20))
     sim.settle()
     sim.end("train-code")
     sim.settle()

@@ -15,9 +15,7 @@ QUORUM = {"failurePolicy": "Quorum", "minExperts": 2, "maxRetries": 0}
 
 def three(**policy: Any) -> BTXRunSpec:
     """Experts a, b, c."""
-    experts = [
-        {"name": name, "tokens": 100, "data": [{"uri": f"file://{name}"}]} for name in "abc"
-    ]
+    experts = [{"name": name, "tokens": 100, "data": [{"uri": f"file://{name}"}]} for name in "abc"]
     return spec_of(experts=experts, policy=policy)
 
 

@@ -54,7 +54,12 @@ def end_state(status: Status) -> dict[str, Any]:
         for row in (*status.stages, *([status.preflight] if status.preflight else []))
     }
     conditions = {c.type: (c.status, c.reason) for c in status.conditions}
-    return {"rows": rows, "conditions": conditions, "members": status.members, "model": status.model}
+    return {
+        "rows": rows,
+        "conditions": conditions,
+        "members": status.members,
+        "model": status.model,
+    }
 
 
 def to_the_end(sim: Simulator) -> dict[str, Any]:
@@ -156,7 +161,9 @@ def test_the_script_has_a_failed_expert_and_a_repair() -> None:
 
 USERS = st.lists(
     st.one_of(
-        st.sampled_from(["suspend", "refresh", "retry", "unreadable", "immutable", "close", "gone"]),
+        st.sampled_from(
+            ["suspend", "refresh", "retry", "unreadable", "immutable", "close", "gone"]
+        ),
         st.sampled_from(["a", "ab", "abc", "abcd", "retrain", "minimum"]),
         st.tuples(st.integers(0, 9), st.sampled_from([Exit.OK] * 12 + [*Exit, -9])),
         st.tuples(st.integers(0, 9), st.just(Exit.OK)),

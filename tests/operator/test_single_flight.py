@@ -1,10 +1,14 @@
 """One artifact is made once at a time: two names in one run, two runs over one storage."""
 
+from typing import Any
+
 import pytest
 from btx_api.spec import BTXRunSpec
 from btx_api.stage import Exit
 from btx_api.status import ConditionType, Reason, State
 from builders import spec_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from simulator import Simulator, corrupt_input
 
 SUCCEEDED = ConditionType.SUCCEEDED
@@ -178,3 +182,62 @@ def test_two_runs_that_find_one_corrupt_copy_repair_it_once(sim: Simulator) -> N
 
     assert sim.storage.commits == commits + 3
     assert all(sim.condition(SUCCEEDED, name)[0] == "True" for name in "ab")
+
+
+MOVES = st.lists(
+    st.tuples(
+        st.sampled_from("xyz"),
+        st.one_of(
+            st.sampled_from(
+                ["suspend", "resume", "look", "begin", "refresh", "retry", "gone", "wait"]
+            ),
+            st.tuples(st.integers(0, 9), st.sampled_from([Exit.OK] * 10 + [*Exit, -9])),
+        ),
+    ),
+    max_size=60,
+)
+"""To which run, and what: pairs end one of its attempts."""
+
+
+def disturb(sim: Simulator, name: str, move: str, value: str) -> None:
+    """One thing that happens to one of several runs."""
+    world, live = sim.worlds[name], list(sim.live(name))
+    assert world.spec is not None
+    match move:
+        case "suspend" | "resume":
+            sim.submit(world.spec.model_copy(update={"suspend": move == "suspend"}), name=name)
+        case "look":
+            sim.step(name)
+        case "begin":
+            sim.begin_pending()
+        case "refresh" | "retry":
+            setattr(world, move, value)
+        case "gone" if live:
+            sim.vanish(live[0], name)
+        case "wait":
+            sim.advance(50)
+
+
+@settings(max_examples=20, deadline=None)
+@given(moves=MOVES)
+def test_runs_over_one_storage_end_well_whatever_happens(moves: list[tuple[str, Any]]) -> None:
+    """Nobody waits for ever, nothing is made by two at once (checked after every step)."""
+    sim = Simulator()
+    for name in "xyz":
+        sim.submit(spec_of(evaluate={"tokens": 8 if name == "z" else 9}), name=name)
+    for number, (name, move) in enumerate(moves):
+        if number % 2:
+            sim.settle()
+        if isinstance(move, str):
+            disturb(sim, name, move, str(number))
+        elif stages := list(sim.live(name)):
+            sim.end(stages[move[0] % len(stages)], move[1], run=name)
+
+    for name in "xyz":
+        disturb(sim, name, "resume", "")
+        disturb(sim, name, "retry", "at last")
+    for _ in range(6):
+        sim.finish()
+        sim.advance(600)
+
+    assert [sim.condition(SUCCEEDED, name)[0] for name in "xyz"] == ["True"] * 3

@@ -22,7 +22,11 @@ POLICY = {
 def the_spec(names: str, tokens: int = 100, **policy: Any) -> BTXRunSpec:
     """Experts of one letter; `tokens`: of the first."""
     experts = [
-        {"name": name, "tokens": tokens if name == "a" else 100, "data": [{"uri": f"file://{name}"}]}
+        {
+            "name": name,
+            "tokens": tokens if name == "a" else 100,
+            "data": [{"uri": f"file://{name}"}],
+        }
         for name in names
     ]
     return spec_of(experts=experts, policy={**POLICY, **policy})
@@ -97,7 +101,9 @@ def story(world: Any) -> None:
     assert tell.reason(ConditionType.ACCEPTED) is Reason.WOULD_RETRAIN
     tell.submit(the_spec("abcde", tokens=200, allowRetrain=True))
     assert sorted(world.live()) == ["train-a"]
-    suspended = the_spec("abcde", tokens=200, allowRetrain=True).model_copy(update={"suspend": True})
+    suspended = the_spec("abcde", tokens=200, allowRetrain=True).model_copy(
+        update={"suspend": True}
+    )
     tell.submit(suspended)
     assert world.live() == {}
     tell.submit(the_spec("abcde", tokens=200, allowRetrain=True))
@@ -112,7 +118,11 @@ def decisions(world: Any) -> list[dict[str, Any]]:
         plain = {
             "status": masked(decision.status),
             "starts": [
-                (start.name, start.attempt, start.task.model_dump(mode="json", exclude_defaults=True))
+                (
+                    start.name,
+                    start.attempt,
+                    start.task.model_dump(mode="json", exclude_defaults=True),
+                )
                 for start in decision.starts
             ],
             "stops": [(attempt.stage, attempt.number) for attempt in decision.stops],

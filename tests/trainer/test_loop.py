@@ -105,9 +105,7 @@ def test_the_artifact_has_the_dtype_of_its_input(studio: Studio, dtype: torch.dt
     """An expert and its seed can be mixed, whatever the seed's dtype, also trained in bf16."""
     name = f"seed-{dtype}"
     studio.add_model(name, LlamaConfig(**SHAPE), dtype=dtype)
-    result, files = made(
-        studio, studio.task(train_recipe(30, precision="bf16"), [name, "letters"])
-    )
+    result, files = made(studio, studio.task(train_recipe(30, precision="bf16"), [name, "letters"]))
     assert {tensor.dtype for tensor in load(files[WEIGHTS]).values()} == {dtype}
     assert result.metrics["gain"] > 1
 
@@ -363,6 +361,7 @@ def test_a_killed_stage_ends_in_the_same_bits(
 
 def test_a_loss_that_is_not_finite_stops_the_stage(studio: Studio) -> None:
     """One line names the step and the samples; nothing is updated or saved."""
+
     def overflow(model: nn.Module) -> None:
         model.model.norm.weight.fill_(1e38)
 

@@ -105,10 +105,10 @@ def outcome(studio: Studio, task: Task) -> tuple[dict[str, bytes], dict[str, flo
     return files, manifest.metrics
 
 
-@pytest.mark.parametrize(("kind", "trials"), [("train", TRIALS // 3), ("finetune", TRIALS - TRIALS // 3)])
-def test_an_interrupted_stage_ends_in_the_same_bits(
-    studio: Studio, kind: str, trials: int
-) -> None:
+@pytest.mark.parametrize(
+    ("kind", "trials"), [("train", TRIALS // 3), ("finetune", TRIALS - TRIALS // 3)]
+)
+def test_an_interrupted_stage_ends_in_the_same_bits(studio: Studio, kind: str, trials: int) -> None:
     """SIGKILL and SIGTERM at random steps: files and metrics are those of a run left alone."""
     whole, broken = task_of(studio, kind), task_of(studio, kind)
     with attempt(studio, whole) as alone:

@@ -29,7 +29,11 @@ def render(runs: Runs, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     said = all_sentences(runs)
     plain = {"runs": {name: report.plain() for name, report in runs}, "sentences": said}
-    lines = [textwrap.fill(f"- {text}", 96, subsequent_indent="  ") for text in said]
+    lines = [
+        # A run's name is one word, however many hyphens it has.
+        textwrap.fill(f"- {text}", 96, subsequent_indent="  ", break_on_hyphens=False)
+        for text in said
+    ]
     texts = {
         REPORT_HTML: page(runs),
         REPORT_JSON: json.dumps(plain, ensure_ascii=False) + "\n",
