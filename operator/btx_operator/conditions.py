@@ -9,6 +9,7 @@ from typing import Any
 
 from btx_api.spec import BTXRunSpec
 from btx_api.status import (
+    PREFLIGHT,
     Condition,
     ConditionType,
     EventReason,
@@ -125,7 +126,8 @@ def events(before: Status, after: Status) -> Iterator[Event]:
         old = rows.get(row.name) or Row(name=row.name, digest="")
         if row.state is State.COMPLETE and row.attempt == 0 and old.state is not State.COMPLETE:
             reused.append(row.name)
-        elif row != old:
+        # Preflight that found problems has not failed: Accepted=False tells of them.
+        elif row != old and not (row.name == PREFLIGHT and after.problems):
             yield from _told(row, old)
     if reused:
         message = brief(f"{len(reused)} complete already: {', '.join(reused)}", MESSAGE_LENGTH)

@@ -163,6 +163,7 @@ def test_compressed_files(tmp_path):
         ("a.parquet", b"no parquet at all"),
         ("a.parquet", b"PAR1" + b"\0" * 100 + b"PAR1"),
     ],
+    ids=["cut gzip", "no gzip", "cut zstd", "no zstd", "no parquet", "empty parquet"],
 )
 def test_files_that_are_not_what_their_name_says(tmp_path, name, data):
     """A file that cannot be decoded as a whole is named in one line."""
