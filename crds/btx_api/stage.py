@@ -201,6 +201,8 @@ class TaskExecution(Model):
     """Tag of a manifest to ignore and replace, after a reader found its artifact corrupt."""
     must_exist: bool = False
     """Return the Result from the manifest or exit Missing; never compute."""
+    verify: bool = False
+    """Read every byte of an artifact that is there already, and make it again if one is wrong."""
     no_progress_seconds: int = 1800
     listen: str = ""
     """host:port of /metrics and /progress; empty: none. Port 0: chosen and logged."""

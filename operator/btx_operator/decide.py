@@ -159,6 +159,7 @@ def start_of(seen: Observed, status: Status, row: Row, node: Node) -> Start:
             "scheduling": scheduling_of(seen.spec, row.name),
             "replaces": row.invalid.tag if row.invalid else "",
             "must_exist": row.check,
+            "verify": seen.verify,
         }
     )
     task = Task(schema_version=release_of(seen, status).task, stage=node.stage, execution=execution)

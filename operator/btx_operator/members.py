@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 from btx_api.methods import Members
-from btx_api.spec import BTXRunSpec, Expert, FailurePolicy, Method, OnNoGain
+from btx_api.spec import BTXRunSpec, Expert, FailurePolicy, Method, OnNoGain, RoutingMethod
 from btx_api.stage import Kind
 from btx_api.status import Reason, Row, State, Status
 
@@ -78,6 +78,10 @@ def failure(spec: BTXRunSpec, status: Status, needed: set[str], now: float) -> V
         able = [fate for fate in fates.values() if fate in (Fate.OPEN, Fate.COMPLETE)]
         dropped = sum(fate is Fate.NO_GAIN for fate in fates.values())
         least = spec.policy.min_experts or max(1, len(fates) - dropped)
+        routing = spec.finetune.routing
+        if routing.method is RoutingMethod.TOP_K:
+            # A token cannot use more experts than there are.
+            least = max(least, routing.k - spec.mix.include_seed)
         if len(able) < least:
             missing = [n for n, fate in fates.items() if fate not in (Fate.OPEN, Fate.COMPLETE)]
             message = f"{len(able)} of at least {least} experts; without {', '.join(missing)}"

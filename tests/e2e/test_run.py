@@ -134,6 +134,8 @@ def test_a_stopped_run_leaves_no_process_and_resumes_to_the_same_bits(
         time.sleep(0.1)
 
     assert workspace.survivors() == []
+    storage = workspace.folder / "build/demo/storage/stages/train"
+    assert list(storage.glob("*/checkpoints/*/manifest.json")), "cut in the middle of a stage"
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(kind, -9)
 
     workspace.btx("run", stopped)

@@ -109,6 +109,19 @@ def test_a_damaged_checkpoint_is_left_out(tmp_path, caplog, name, damage):
     assert len(caplog.records) == (0 if seen else 1)
 
 
+@pytest.mark.parametrize(("said", "instead"), [('"step": 10', '"step": 60'), (STATE, "stale.json")])
+def test_a_manifest_that_names_another_step_or_file_is_left_out(tmp_path, said, instead):
+    """One flipped digit of the step would skip data and still pass every checksum."""
+    store = FileStore(tmp_path)
+    saved(store, 9, 10)
+    manifest = next(tmp_path.rglob("10-*/manifest.json"))
+    text = manifest.read_text()
+    assert said in text
+    manifest.write_text(text.replace(said, instead))
+
+    assert latest(store).step == 9
+
+
 def test_without_a_sound_checkpoint_the_stage_begins_anew(tmp_path):
     """No checkpoint, or none but damaged ones: there is nothing to restore."""
     assert latest(FileStore(tmp_path)) is None

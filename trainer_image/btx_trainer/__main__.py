@@ -176,6 +176,8 @@ def _run_stage(
     store, replaces = open_store(execution.storage), execution.replaces
     try:
         found = find(store, stage.kind, stage.digest, ignoring=replaces)
+        if found and execution.verify:
+            found.verify()
     except CorruptInputError as error:
         # Ours, and nobody can use it: made again under the same address.
         assert error.corrupt

@@ -113,6 +113,9 @@ class Checkpoints:
         manifest = Manifest.parse(json.loads(self._store.read(head.key)))
         if manifest.digest != self._stage.digest or manifest.step is None:
             raise ValueError("the manifest is another stage's")
+        # Nothing vouches for the manifest's own bytes but the folder's name and these two files.
+        if manifest.step != _step(folder) or {e.name for e in manifest.files} != {ARRAYS, STATE}:
+            raise ValueError("the manifest does not belong to this folder")
         data = {entry.name: self._verified(folder, entry) for entry in manifest.files}
         arrays, state = _arrays(data[ARRAYS]), json.loads(bytes(data[STATE]))
         return Checkpoint(step=manifest.step, arrays=arrays, state=state), head.modified

@@ -63,7 +63,12 @@ def model_files(store: Store, key: str) -> list[Head]:
     """Files of folder `key` that make a model, sorted."""
     folder = key.rstrip("/") + "/"
     names = ((head, head.key.removeprefix(folder)) for head in store.list(folder))
-    return [head for head, name in names if any(fnmatch(name, p) for p in MODEL_FILES)]
+    return [
+        head
+        for head, name in names
+        # `*` of fnmatch crosses folders; what lies in a subfolder is another model.
+        if "/" not in name and any(fnmatch(name, pattern) for pattern in MODEL_FILES)
+    ]
 
 
 def tokenizer_key(key: str) -> str:

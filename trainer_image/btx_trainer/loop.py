@@ -147,15 +147,23 @@ def train(work: Work, job: Job) -> Made:
             run.stop_if_asked()
         run.measure("loss_after")
     except PreemptedError:
-        checkpoints.wait()
+        _settle(checkpoints)
         # The grace period is short: nothing is written twice, and nothing before the first step.
         if run.step > checkpoints.committed[0]:
             checkpoints.save(run.checkpoint())
             checkpoints.wait()
         raise
-    checkpoints.wait()
+    _settle(checkpoints)
     _put(work, job, run.history)
     return Made(metrics=run.headlines(), resumed_step=resumed)
+
+
+def _settle(checkpoints: Checkpoints) -> None:
+    """Waits for the checkpoint that is being written; a newer state makes its failure harmless."""
+    try:
+        checkpoints.wait()
+    except OSError as error:
+        log.warning("a checkpoint could not be written: %s", error)
 
 
 def _compile(model: PreTrainedModel) -> None:

@@ -102,9 +102,12 @@ def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> list
     The tensors have the family's names on disk, which for a Mixtral are one w1, w2 and w3 per
     expert. The same weights give the same bytes. The tokenizer is not written.
     """
+    # A tied head is stored once: its copy in another dtype would no longer look tied.
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     state = {
         name: tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
+        if name not in tied
     }
     transformers_logging.disable_progress_bar()
     model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")

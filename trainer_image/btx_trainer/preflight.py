@@ -14,7 +14,7 @@ from typing import Any
 
 from btx_api.methods import Graph, Members, graph
 from btx_api.names import run_record
-from btx_api.spec import GENERAL, BTXRunSpec, Method
+from btx_api.spec import GENERAL, BTXRunSpec, Method, RoutingMethod
 from btx_api.stage import Corrupt, Parameters, Preflight, Resolved, Stage
 
 from btx_trainer.artifacts import Artifact, find
@@ -252,9 +252,10 @@ def _parameters(spec: BTXRunSpec, dense: Dense) -> Parameters:
     total = active = 0
     if spec.method is not Method.DENSE:
         experts = spec.mixed_experts(len(spec.experts))
-        mixed = count_parameters(
-            dense, experts=experts, top_k=min(spec.finetune.routing.k, experts)
-        )
+        routing = spec.finetune.routing
+        soft = routing.method is RoutingMethod.SOFT
+        top_k = experts if soft else min(routing.k, experts)
+        mixed = count_parameters(dense, experts=experts, top_k=top_k)
         total, active = mixed.total, mixed.active
     return Parameters(
         dense=alone.total, total=total, active=active, layers=dense.layers,

@@ -29,7 +29,12 @@ def run(work: Work) -> Made:
     scheduling = work.execution.scheduling
     length = recipe.sequence_length
     opened = {c.name: shards.open(work.inputs[c.input].fetch()) for c in recipe.columns}
-    domains = {name: p for name, p in opened.items() if p.index.held_out.documents}
+    # A document's first token is never predicted, and its last (eos) stands for no text.
+    domains = {
+        name: p
+        for name, p in opened.items()
+        if p.index.held_out.tokens > 2 * p.index.held_out.documents
+    }
     if not domains or not recipe.tokens:
         field = "evaluate.tokens" if domains else "prepare.heldOut"
         raise ConfigurationError(field, "leaves no held-out tokens to measure anything on")
