@@ -27,7 +27,8 @@ test: setup build/.chromium  ## Every test this machine can run
 
 build/.chromium:
 	@mkdir -p build
-	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } \
+	  || { echo 'make test needs chromium (installed by apt-get as root, or by you)'; exit 1; }
 	@touch $@
 
 check: setup  ## Lint, types, import rules, generated files, budgets

@@ -11,6 +11,8 @@ import importlib.metadata
 import json
 import pydoc_data.topics
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -33,6 +35,8 @@ SEED_CONFIG = {
     "eos_token_id": 257,
     "pad_token_id": 258,
 }
+ALLOWED = ("--set", "policy.allowRetrain=true")
+"""The demo's text comes from this Python; another version of it may train anew without asking."""
 GENERAL_PART = 4
 """Every fourth document of each kind goes to the general mixture, which no expert trains on."""
 
@@ -119,16 +123,25 @@ def write_init(folder: Path) -> None:
     from btx_trainer.tokenizer import byte_tokenizer_files  # noqa: PLC0415
     from transformers import LlamaConfig  # noqa: PLC0415
 
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(new_model(LlamaConfig(**SEED_CONFIG), seed=1), folder, torch.float32)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_model(new_model(LlamaConfig(**SEED_CONFIG), seed=1), partial, torch.float32)
     for name, text in byte_tokenizer_files().items():
-        (folder / name).write_text(text)
+        (partial / name).write_text(text)
+    partial.rename(folder)
 
 
 def btx(*arguments: str) -> None:
     """The command line, as a user types it."""
     print(f"\n$ btx {' '.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, "-m", "btx_operator.cli", *arguments], check=True)
+    process = subprocess.Popen([sys.executable, "-m", "btx_operator.cli", *arguments])
+    # Ctrl-C reaches btx too, which stops at a checkpoint; it has the time it needs for that.
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
+    code = process.wait()
+    signal.signal(signal.SIGINT, handler)
+    if code:
+        sys.exit(code)
 
 
 def main() -> None:
@@ -143,11 +156,15 @@ def main() -> None:
     if only_inputs:
         return
     if not (ROOT / "seed").exists():
-        btx("run", str(EXAMPLES / "quickstart-seed.yaml"))
+        btx("run", str(EXAMPLES / "quickstart-seed.yaml"), *ALLOWED)
         btx("export", "quickstart-seed", str(ROOT / "seed"))
-    btx("run", str(EXAMPLES / "quickstart.yaml"), str(EXAMPLES / "quickstart-dense.yaml"))
-    if not (ROOT / "model").exists():
-        btx("export", "quickstart", str(ROOT / "model"))
+    btx(
+        "run",
+        *(str(EXAMPLES / name) for name in ("quickstart.yaml", "quickstart-dense.yaml")),
+        *ALLOWED,
+    )
+    shutil.rmtree(ROOT / "model", ignore_errors=True)
+    btx("export", "quickstart", str(ROOT / "model"))
     btx("report", "quickstart", "quickstart-dense", "--out", str(ROOT))
     print(
         f"\nmodel:  {ROOT}/model\nreport: {ROOT}/report.html, {ROOT}/report.json\n"

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from btx_api.methods import graph
+from btx_api.methods import Members, graph
 from btx_api.spec import Model, Storage, explain
 from btx_api.stage import (
     Exit,
@@ -37,6 +37,7 @@ from btx_api.status import ConditionType, EventReason, Reason, State, Status
 from pydantic import ValidationError
 
 from btx_operator import manifest, processes, views
+from btx_operator.edits import standing
 from btx_operator.errors import ErrandError, ManifestError, NotFoundError, UserError
 from btx_operator.local import (
     LocalBackend,
@@ -48,7 +49,7 @@ from btx_operator.local import (
     saved_runs,
 )
 from btx_operator.manifest import RunManifest
-from btx_operator.observed import Event
+from btx_operator.observed import Event, storage_key
 from btx_operator.render import Screen
 
 TOLD = (
@@ -72,11 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"btx: {line}", file=sys.stderr)
         return error.exit
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except BrokenPipeError:  # `btx status | head`: nobody reads what Python flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # a run's own folder, an output folder, a full disk
+        print(f"btx: {error.filename or 'btx'}: {error.strerror or error}", file=sys.stderr)
+        return Exit.FAILED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _whole(text: str) -> int:
@@ -184,13 +188,15 @@ def _words(problem: Problem) -> str:
 
 def plan(args: argparse.Namespace) -> int:
     """`btx plan FILE...`"""
-    elsewhere: dict[str, str] = {}
+    planned: dict[tuple[str, str], dict[str, str]] = {}
     refused = False
     for item in _manifests(args):
         uid, members = "", None
         with suppress(NotFoundError):
             before = saved(args.dir, item.name)
-            uid, members = before.uid, before.status.members
+            uid, members = before.uid, standing(item.spec, before.status)
+        # What preflight looks at knows of no lost domain, so its graph is the one to count.
+        members = Members(experts=members.experts) if members else None
         ask = Preflight(spec=item.spec, uid=uid, members=members.experts if members else None)
         resolved = _errand(item.spec.storage, "preflight", preflight=ask).resolved
         assert resolved is not None, "a preflight that ends well has an answer"
@@ -201,13 +207,16 @@ def plan(args: argparse.Namespace) -> int:
         if resolved.problems:
             continue
         stages = graph(item.spec, resolved, members, uid=uid)
+        # Only runs over the same storage share what they make.
+        elsewhere = planned.setdefault(storage_key(item.spec), {})
         bits = int(resolved.complete or "0", 16)
         complete = [bool(bits >> i & 1) for i in range(len(stages))]
         for line in views.plan_tables(
             stages, complete, resolved.parameters, tflops=args.tflops, elsewhere=elsewhere
         ):
             print(f"  {line}")
-        elsewhere |= {node.stage.digest: f"{item.name}" for node in stages.values()} | elsewhere
+        for node in stages.values():
+            elsewhere.setdefault(node.stage.digest, item.name)
     return Exit.CONFIGURATION if refused else Exit.OK
 
 
@@ -252,6 +261,8 @@ async def _drive(backend: LocalBackend, names: Sequence[str], screen: Screen) ->
         ])  # fmt: skip
 
     for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            continue  # nohup, or a background job: the caller does not want it heard
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     await backend.run_until_done(tick=show)
     return received[0] if received else 0
@@ -271,9 +282,11 @@ def _finish(args: argparse.Namespace, backend: LocalBackend, item: RunManifest) 
             # A row's message is cut to fit a status.
             why = _words(left.problem) if left and left.problem else row.message
             print(f"btx: {name}/{row.name}: {why} (log {log})", file=sys.stderr)
+    accepted, succeeded = map(now.condition, (ConditionType.ACCEPTED, ConditionType.SUCCEEDED))
+    if accepted is None or accepted.status != "True":
+        return exit_code(now)  # the model and report that are there are of another spec
     if now.model:
         print(f"  model   {now.model}")
-    succeeded = now.condition(ConditionType.SUCCEEDED)
     if succeeded and succeeded.status == "True":
         _report(item.spec.storage, {name: now}, run_folder(args.dir, name) / "report")
     return exit_code(now)

@@ -61,6 +61,7 @@ def test_changed_bytes_of_an_expert_retrain_it_only_when_allowed(
     refused = workspace.btx("run", "tiny.yaml", code=78)
 
     assert "WouldRetrain" in refused and "train-math" in refused
+    assert "nats per token" not in refused, "the old model is not this spec's"
     assert changed(before, workspace.attempts()) == {}
 
     workspace.btx("run", "tiny.yaml", "--set", "policy.allowRetrain=true")
