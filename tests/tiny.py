@@ -25,6 +25,17 @@ LLAMA = {
     "num_key_value_heads": 1,
     "tie_word_embeddings": False,
 }
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rms_norm_eps": 1e-6,
+}
+"""Of models that transformers builds in a test: wide initial weights, so that logits differ."""
 HEAVY = ("torch", "transformers", "matplotlib")
 PROCESS = f"""
 import sys

@@ -19,22 +19,12 @@ from btx_trainer.model import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import SMALL
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
 
 EXPERTS, LAYERS, VOCABULARY = 4, 2, 64
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "rms_norm_eps": 1e-6,
-}
+SIZES = SMALL | {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS}
 WINDOW = 6
 FAMILIES = {
     "Llama": LlamaConfig(**SIZES),

@@ -9,6 +9,7 @@ from btx_api.spec import Routing, RoutingMethod
 from btx_trainer import routing
 from btx_trainer.errors import ConfigurationError
 from btx_trainer.model import chunked_cross_entropy, forward_hidden, new_model
+from tiny import SMALL
 from transformers import LlamaConfig, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralTopKRouter,
@@ -16,18 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 
 EXPERTS, LAYERS, VOCABULARY, LENGTH = 4, 3, 64, 24
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "rms_norm_eps": 1e-6,
-}
+SIZES = SMALL | {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS}
 
 
 def mixtral(k=2, seed=0, experts_implementation="grouped_mm"):
