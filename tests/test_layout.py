@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
     # Budgets of source lines, docstrings not counted (docs/decisions raise them).
-    "crds/btx_api": 1200,
+    "crds/btx_api": 1350,
     "operator/btx_operator": 3000,
-    "trainer_image/btx_trainer": 5500,
+    "trainer_image/btx_trainer": 7000,
 }
 SOURCES = [path for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))]
 CORE = ("reconcile", "decide", "attempts", "methods")
