@@ -1,9 +1,16 @@
 """Small valid objects for tests: change what a test is about, leave the rest."""
 
+import os
 from typing import Any
 
 from btx_api.spec import BTXRunSpec
 from btx_api.stage import Resolved
+
+
+def trials(every: int, few: int = 3) -> int:
+    """How often a repeated trial runs: `TRIALS=all`: `every` time, a number: so often, else few."""
+    asked = os.environ.get("TRIALS", "")
+    return every if asked == "all" else min(every, int(asked)) if asked else few
 
 
 def a_spec(**changes: Any) -> dict[str, Any]:
