@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 export PYTHONHASHSEED := 0
 
-.PHONY: help setup demo test check generate clean
+.PHONY: help setup demo test check generate bench clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -40,6 +40,18 @@ check: setup  ## Lint, types, import rules, generated files, budgets
 
 generate: setup  ## Writes the CRD from btx_api
 	$(BIN)/python -m btx_api.schema crds
+
+bench: bench-mix bench-prepare bench-s3 bench-train  ## Every bench, and docs/performance.md
+	$(BIN)/python benches/write_docs.py
+
+bench-%: setup build/peers/.ready
+	$(BIN)/python benches/bench_$*.py
+
+build/peers/.ready: benches/peers.txt .venv/.ready
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/peers
+	$(BIN)/uv pip install --quiet --python build/peers/bin/python --compile-bytecode \
+	  --requirements benches/peers.txt
+	@touch $@
 
 clean:  ## Removes what was built; keeps .venv and .btx
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

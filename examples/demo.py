@@ -7,6 +7,7 @@ and says what came out. Everything but the inputs is made by `btx`, as a user wo
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import pydoc_data.topics
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path("build/demo")
@@ -74,6 +75,30 @@ def arithmetic(count: int) -> list[str]:
     return ["".join(lines[i : i + 16]) for i in range(0, len(lines), 16)]
 
 
+def docstrings() -> list[str]:
+    """Those of CPython's built-in modules: prose about code, in none of its Python files."""
+    found = set()
+    for module in map(importlib.import_module, sorted(sys.builtin_module_names)):
+        for thing in vars(module).values():
+            inner = vars(thing).values() if isinstance(thing, type) else ()
+            found |= {getattr(part, "__doc__", None) for part in (thing, *inner)}
+    return sorted(text for text in found if isinstance(text, str) and len(text) > 40)
+
+
+def questions(count: int) -> Iterator[dict[str, object]]:
+    """Products as `arithmetic` writes them, each with four results to choose from."""
+    draw = random.Random(3)
+    for _ in range(count):
+        a, b = draw.randint(2, 99), draw.randint(2, 99)
+        right = (a + b) * a
+        choices = sorted({right, right + a, right + 10, abs(right - 2 * b) + 1})
+        yield {
+            "question": f"({a} + {b}) * {a} =",
+            "choices": [str(choice) for choice in choices],
+            "answer": str(right),
+        }
+
+
 def pieces(documents: list[str], size: int = 2048) -> Iterator[str]:
     """Documents of about equal length, so that the mixture is even."""
     for document in documents:
@@ -88,7 +113,7 @@ def split(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def write_data(folder: Path) -> None:
-    """The demo's four domains as text files and JSONL."""
+    """The demo's four domains as text files and JSONL, one that nobody trains on, and a task."""
     general: list[str] = []
     prose: list[str] = []
     for name, suffix, documents in (
@@ -100,11 +125,18 @@ def write_data(folder: Path) -> None:
             (folder / name / f"{i:04d}.{suffix}").write_text(text)
         (general if name == "code" else prose).extend(pieces(shared))
     own, shared = split(arithmetic(24_000))
-    (folder / "arithmetic.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in own))
+    write_jsonl(folder / "arithmetic.jsonl", ({"text": text} for text in own))
+    write_jsonl(folder / "docstrings.jsonl", ({"text": text} for text in docstrings()))
+    write_jsonl(folder / "products.jsonl", questions(100))
     even = min(sum(map(len, part)) for part in (general, prose, shared))
     mixture = [text for part in (general, prose, shared) for text in take(part, even)]
     random.Random(2).shuffle(mixture)
-    (folder / "general.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in mixture))
+    write_jsonl(folder / "general.jsonl", ({"text": text} for text in mixture))
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, object]]) -> None:
+    """One record a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def take(documents: list[str], characters: int) -> Iterator[str]:

@@ -41,6 +41,7 @@ def resolved_for(spec: BTXRunSpec, **changes: Any) -> Resolved:
             "tokenizer": "t" * 22,
             "domains": tuple(f"{name:d<22}"[:22] for name in spec.domains()),
             "models": tuple(f"{name:m<22}"[:22] for name in ready),
+            "tasks": tuple(f"{task.name:q<22}"[:22] for task in spec.evaluate.tasks),
             **changes,
         }
     )

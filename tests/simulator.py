@@ -67,7 +67,8 @@ class Storage:
         base = resolved_for(spec, domains=domains, models=models)
         assert task.preflight is not None
         nodes = graph(
-            spec, base, Members(experts=members) if members else None,
+            spec, base,
+            Members(experts=members, without=task.preflight.without) if members else None,
             versions=task.preflight.versions, uid=task.preflight.uid,
         )  # fmt: skip
         bits = sum(

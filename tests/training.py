@@ -53,9 +53,9 @@ TEXTS = {
 class Studio:
     """One storage with prepared domains, and models beside it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, storage: Storage | None = None) -> None:
         self.folder = folder
-        self.storage = Storage(uri=f"file://{folder}/storage")
+        self.storage = storage or Storage(uri=f"file://{folder}/storage")
         self.store = open_store(self.storage)
         self.places: dict[str, tuple[Content | Output, Location]] = {}
         self.tag = 0

@@ -105,7 +105,11 @@ class Workspace:
 
     def survivors(self) -> list[str]:
         """Command lines of processes that this workspace started and that still run."""
-        found = []
+        return [*self.processes().values()]
+
+    def processes(self) -> dict[int, str]:
+        """The same by process id."""
+        found = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (process / "environ").read_bytes()
@@ -114,7 +118,7 @@ class Workspace:
             except (OSError, ProcessLookupError):
                 continue
             if f"{MARK}={self.folder}\0".encode() in environment and state != "Z":
-                found.append(command)
+                found[int(process.name)] = command
         return found
 
 

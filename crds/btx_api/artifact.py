@@ -98,3 +98,21 @@ class Manifest(Model):
     step: int | None = None
     """Of a checkpoint."""
     maker: Maker = Maker()
+
+
+class RecordedStage(Model):
+    """One stage that a run wants, complete or not."""
+
+    kind: Kind
+    digest: str
+
+
+class RunRecord(Model):
+    """`runs/<uid>.json`: what a run's storage must not lose."""
+
+    time: str = ""
+    """RFC 3339, UTC: when it was written."""
+    stages: dict[str, RecordedStage] = Field(default_factory=dict)
+    """Of the graph, by name."""
+    former: tuple[RecordedStage, ...] = ()
+    """Of graphs before: an edit may be taken back, members may be decided again."""

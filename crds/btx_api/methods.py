@@ -12,14 +12,17 @@ from btx_api.spec import (
     DataInit,
     Evaluate,
     EvaluationDomain,
+    EvaluationTask,
     Expert,
     Method,
     Model,
     Phase,
     Prepare,
     Reuse,
-    RoutingMethod,
+    Source,
+    SourceFormat,
     SourceShape,
+    TaskShape,
 )
 from btx_api.stage import (
     VERSIONS,
@@ -27,6 +30,7 @@ from btx_api.stage import (
     Content,
     EvaluatedDomain,
     EvaluatedModel,
+    EvaluatedTask,
     EvaluateRecipe,
     FinetuneRecipe,
     Input,
@@ -85,6 +89,10 @@ class _Builder:
         self.content = dict(zip(spec.domains(), resolved.domains, strict=True))
         ready = [expert.name for expert in spec.experts if expert.model]
         self.ready = dict(zip(ready, resolved.models, strict=True))
+        self.tasks: list[Origin] = [
+            (Content(fingerprint=found), Location(sources=(task_source(task),)))
+            for task, found in zip(spec.evaluate.tasks, resolved.tasks, strict=True)
+        ]
 
     def add(self, name: str, kind: Kind, recipe: Model, inputs: Sequence[Origin]) -> None:
         """Adds one stage; its producers must have been added before."""
@@ -150,9 +158,10 @@ class _Builder:
         names = [d.name for d in domains if d.name not in without]
         mixed = any(role in ("mixed", "final") for _, role, _ in models)
         fields = {name: getattr(block, name) for name in Evaluate.model_fields}
+        first = len(models) + len(names)
         recipe = EvaluateRecipe(
-            # Sources of evaluation-only domains are inputs by content; their URIs are not hashed.
-            **{**fields, "domains": ()},
+            # What is only evaluated is an input by content; its URIs are not hashed.
+            **{**fields, "domains": (), "tasks": ()},
             models=tuple(
                 EvaluatedModel(label=label, role=role, input=i)
                 for i, (label, role, _) in enumerate(models)
@@ -160,10 +169,15 @@ class _Builder:
             columns=tuple(
                 EvaluatedDomain(name=name, input=len(models) + i) for i, name in enumerate(names)
             ),
+            questions=tuple(
+                EvaluatedTask(input=first + i, **{f: getattr(t, f) for f in TaskShape.model_fields})
+                for i, t in enumerate(block.tasks)
+            ),
             routing=self.spec.finetune.routing.method if mixed else "",
         )
         inputs = [source for _, _, source in models]
-        self.add("evaluate", Kind.EVALUATE, recipe, [*inputs, *(f"prepare-{n}" for n in names)])
+        prepared = [f"prepare-{name}" for name in names]
+        self.add("evaluate", Kind.EVALUATE, recipe, [*inputs, *prepared, *self.tasks])
 
 
 def graph(
@@ -194,8 +208,7 @@ def _btx(build: _Builder, members: Members) -> None:
     include = spec.mix.include_seed
     average = AverageRecipe(**dict(spec.average), include_seed=include)
     build.add("average", Kind.AVERAGE, average, mixed)
-    routing, total = spec.finetune.routing, spec.mixed_experts(len(chosen))
-    top_k = total if routing.method is RoutingMethod.SOFT else min(routing.k, total)
+    top_k = spec.finetune.routing.top_k(spec.mixed_experts(len(chosen)))
     build.add("mix", Kind.MIX, MixRecipe(**dict(spec.mix), top_k=top_k), mixed)
     _finetune(build, chosen, members.without)
     models: list[tuple[str, str, Origin]] = [("seed", "seed", build.seed)]
@@ -264,6 +277,11 @@ def _default_phase(spec: BTXRunSpec) -> Phase:
 def evaluation_domains(spec: BTXRunSpec) -> tuple[EvaluationDomain, ...]:
     """The block's domains; default: every domain with data, general last."""
     return spec.evaluate.domains or tuple(EvaluationDomain(name=name) for name in spec.domains())
+
+
+def task_source(task: EvaluationTask) -> Source:
+    """A task's questions as a source: how they are listed and fingerprinted."""
+    return Source(uri=task.uri, format=SourceFormat.JSONL)
 
 
 def _indexed(phases: Sequence[Phase]) -> tuple[list[str], tuple[Phase, ...]]:

@@ -13,6 +13,12 @@ TASK_ENV = "BTX_TASK"
 """Written by the backend, read by the trainer: the Task as JSON, or `@path` of a file with it."""
 SETTINGS_ENV = "BTX_SETTINGS"
 """Written by the chart, read by the operator."""
+RANK_ENV = "BTX_RANK"
+"""Written by a trainer that starts several ranks, read by each of them (launch.py)."""
+NODES_ENV, NODE_RANK_ENV = "NNODES", "NODE_RANK"
+"""Written by the backend for an attempt on several nodes: how many, and which one from 0."""
+MASTER_ADDR_ENV, MASTER_PORT_ENV = "MASTER_ADDR", "MASTER_PORT"
+"""Likewise: where node 0 can be reached by the others, on a port that is free there."""
 
 REFRESH_ANNOTATION = f"{GROUP}/refresh"
 """Written by `btx refresh`: any new value asks for one more preflight."""
@@ -29,11 +35,24 @@ RESULT_BYTES = 4096
 """A Result as JSON never exceeds the termination message of a container."""
 
 
+STAGES_FOLDER, RUNS_FOLDER = "stages/", "runs/"
+"""Below the storage prefix."""
+
+
 def stage_folder(kind: str, digest: str) -> str:
     """Folder of a stage's artifact, below the storage prefix."""
-    return f"stages/{kind}/{digest}"
+    return f"{STAGES_FOLDER}{kind}/{digest}"
 
 
 def run_record(uid: str) -> str:
     """The digests of a run's graph: the root that gc keeps."""
-    return f"runs/{uid}.json"
+    return f"{RUNS_FOLDER}{uid}.json"
+
+
+JOB_NAME_LENGTH = 52
+"""Kubernetes adds the pod's own suffix within the 63 characters of a label."""
+
+
+def job_name(run: str, stage: str, tag: str) -> str:
+    """Of one attempt; `tag`: 8 hexadecimal digits that tell it from every other."""
+    return f"{run}-{stage}-{tag}"

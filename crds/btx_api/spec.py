@@ -4,17 +4,20 @@ A block is that stage's recipe: the engine turns it into stages (methods.py), th
 Written by the user only; a field may change after creation unless its docstring says immutable.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
+    field_serializer,
     model_validator,
 )
 from pydantic.alias_generators import to_camel
@@ -32,7 +35,7 @@ def parse_count(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     match = (
-        re.match(r"^([0-9]+)(?:\.([0-9]+))?([KMBT]?)$", value) if isinstance(value, str) else None
+        re.fullmatch(r"([0-9]+)(?:\.([0-9]+))?([KMBT]?)", value) if isinstance(value, str) else None
     )
     if not match:
         raise ValueError("a count is an integer or a string such as '210B' (K, M, B, T)")
@@ -59,7 +62,18 @@ Weight = Annotated[Real, Field(ge=0, le=1e12)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=20)]
 Uri = Annotated[str, Field(pattern=URI_PATTERN, max_length=1024)]
 Text = Annotated[str, Field(min_length=1, max_length=253)]
-KubernetesObject = dict[str, Any]
+
+
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    # YAML has more: infinite numbers, half characters. What is passed on as JSON must be JSON.
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    return value
+
+
+KubernetesObject = Annotated[dict[str, Any], AfterValidator(_json)]
 """An object that Kubernetes owns and checks (a toleration, an affinity); carried as it is."""
 
 
@@ -358,6 +372,10 @@ class Routing(Model):
                 raise ValueError(f"{to_camel(name)}: is read by method {reader} only")
         return self
 
+    def top_k(self, experts: int) -> int:
+        """How many of so many experts a token uses."""
+        return experts if self.method is RoutingMethod.SOFT else min(self.k, experts)
+
 
 class Finetune(Train):
     """Trains the mixed model; its router learns here."""
@@ -379,17 +397,28 @@ class EvaluationDomain(Model):
     """Sources of a domain that nobody trains on; empty for a domain of the run."""
 
 
-class EvaluationTask(Model):
-    """A task from the user's JSONL. Not served yet."""
+class TaskShape(Model):
+    """How a task is asked: the part of it that the evaluation hashes."""
 
     name: Name
-    """Label in the report."""
-    uri: Uri
-    """JSONL file of the questions."""
+    """Label in the report; no domain of the evaluation has it."""
     kind: TaskKind = TaskKind.MULTIPLE_CHOICE
-    """By log-likelihood of the choices, or greedy exact match."""
+    """MultipleChoice: by log-likelihood of the choices. ExactMatch: greedy decoding of a line."""
     shots: Annotated[Integer, Field(ge=0, le=64)] = 0
-    """Examples put before each question."""
+    """Answered records put before each question: the file's first ones, which are not scored."""
+    max_new_tokens: Annotated[Integer, Field(ge=1, le=4096)] = 64
+    """ExactMatch only: an answer without an end of line ends after so many tokens."""
+
+
+class EvaluationTask(TaskShape):
+    """Questions from the user's JSONL: `question`, `answer`, and `choices` of a MultipleChoice.
+
+    {"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}; the answer is the index of a
+    choice, from 0, or its text. Of an ExactMatch it is a text, or a list of all that are right.
+    """
+
+    uri: Annotated[str, Field(pattern=r"^(file|s3)://.+$", max_length=1024)]
+    """JSONL file, prefix ending in `/`, or glob (`*`, `**`): file:// or s3://."""
 
 
 class Evaluate(Model):
@@ -403,8 +432,8 @@ class Evaluate(Model):
     """Tokens of context at the most."""
     precision: Precision = Precision.BF16
     """Compute dtype."""
-    tasks: tuple[EvaluationTask, ...] = ()
-    """Downstream tasks."""
+    tasks: Annotated[tuple[EvaluationTask, ...], Field(max_length=32)] = ()
+    """Downstream tasks, from the user's files."""
 
 
 class Policy(Model):
@@ -449,6 +478,8 @@ class Scheduling(Model):
     """Time between checkpoints."""
     dead_expert_steps: Annotated[Integer, Field(ge=1, le=10**6)] = 100
     """Steps with a share of slots below 0.1 k/N after which an expert is reported dead."""
+    processes: Annotated[Integer, Field(ge=1, le=64)] | None = None
+    """Ranks per node of train, finetune and stitch; default: one per GPU, else one."""
     nodes: Annotated[Integer, Field(ge=1, le=1024)] = 1
     """Nodes per attempt. Cluster only, as all that follow."""
     gpus: Annotated[Integer, Field(ge=0, le=16)] = 0
@@ -517,6 +548,11 @@ class Expert(Model):
     """Overlay: only what is set replaces the run's train block."""
     execution: Scheduling | None = None
     """Overlay: only what is set replaces the run's execution.train block."""
+
+    @field_serializer("train", "execution", when_used="unless-none")
+    def _only_what_is_set(self, over: Model) -> dict[str, Any]:
+        # A default that is written would override the run's block; one left out would not.
+        return over.model_dump(mode="json", exclude_unset=True)
 
     @model_validator(mode="after")
     def _trained_or_ready(self) -> Self:
@@ -623,8 +659,6 @@ def _problems(spec: BTXRunSpec) -> Iterator[str]:
 def _unserved(spec: BTXRunSpec) -> Iterator[str]:
     if spec.stitch is not None:
         yield "stitch: is read by method BTS only, which this release does not serve"
-    if spec.evaluate.tasks:
-        yield "evaluate.tasks: is not served by this release"
     if spec.method is Method.DENSE:
         for name, unread in {**_dense_unread(spec), "average": spec.average != Average(),
                              "mix": spec.mix != Mix()}.items():  # fmt: skip
@@ -683,6 +717,23 @@ def _domain_problems(spec: BTXRunSpec) -> Iterator[str]:
             yield f"{path}.data: {domain.name!r} has its data elsewhere in the run"
         if domain.name not in known:
             yield f"{path}.name: no such domain (known: {', '.join(known)}), and no data"
+    yield from _task_problems(spec.evaluate, seen or set(known))
+
+
+def _task_problems(block: Evaluate, taken: set[str]) -> Iterator[str]:
+    for i, task in enumerate(block.tasks):
+        path = f"evaluate.tasks[{i}]"
+        if task.name in taken:
+            yield f"{path}.name: {task.name!r} is the name of a domain or of another task"
+        taken = taken | {task.name}
+        exact, default = task.kind is TaskKind.EXACT_MATCH, TaskShape.model_fields["max_new_tokens"]
+        if exact and task.max_new_tokens >= block.sequence_length:
+            yield (
+                f"{path}.maxNewTokens: {task.max_new_tokens} leaves no room for a question in "
+                f"evaluate.sequenceLength {block.sequence_length}"
+            )
+        if not exact and task.max_new_tokens != default.default:
+            yield f"{path}.maxNewTokens: is read by kind ExactMatch only"
 
 
 def _path_of(spec: BTXRunSpec, domain: str) -> str:
@@ -710,8 +761,8 @@ def _within(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
 
 
 def _line(item: ErrorDetails, root: str) -> str:
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])
-    path, message = root + "".join(parts), item["msg"].removeprefix("Value error, ")
+    path, message = root + "".join(map(_part, item["loc"])), _one_line(item["msg"])
+    message = message.removeprefix("Value error, ")
     match item["type"]:
         case "value_error" if re.match(r"^[a-z][\w.\[\]-]*: ", message):
             # Our own rules name the rest of the path: "policy.minExperts: 5 of 3 experts".
@@ -722,4 +773,25 @@ def _line(item: ErrorDetails, root: str) -> str:
             return f"{path}: unknown field"
         case "missing":
             return f"{path}: is required"
-    return f"{path}: {message[0].lower()}{message[1:]} (got {str(item['input'])[:60]!r})"
+    return f"{path}: {message[0].lower()}{message[1:]} (got {_shown(item['input'])})"
+
+
+def _part(part: int | str) -> str:
+    """One step of a path; a key that is no name is quoted, and cut."""
+    if isinstance(part, int):
+        return f"[{part}]"
+    if part == "[key]":
+        return ""  # pydantic's word for a wrong key, which stands before
+    return f".{part}" if re.fullmatch(r"[\w/.\[\]-]{1,80}", part) else f".{part[:60]!r}"
+
+
+def _shown(value: object) -> str:
+    """The first characters; of a list or mapping not more than its size: it may hold anything."""
+    if isinstance(value, list | tuple | dict):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
+    text = str(value) if not isinstance(value, int) or abs(value) < 10**60 else "a huge integer"
+    return repr(text[:60])
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)[:400]

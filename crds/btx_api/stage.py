@@ -27,11 +27,18 @@ from btx_api.spec import (
     SourceShape,
     Stitch,
     Storage,
+    TaskShape,
     Train,
 )
 
 TASK_SCHEMA = 1
 """Raised only when an older trainer would misread a Task."""
+
+
+MICRO_BATCH_TOKENS = 16_384
+"""Of a training stage's forward pass, unless scheduling says how many sequences."""
+ROUTER_TOKENS = 65_536
+"""Of each expert's data, for a router that starts from it; never more than one batch."""
 
 
 class Kind(StrEnum):
@@ -117,11 +124,19 @@ class EvaluatedDomain(Model):
     """Index of the stage's input."""
 
 
+class EvaluatedTask(TaskShape):
+    """One task of the table."""
+
+    input: int
+    """Index of the stage's input."""
+
+
 class EvaluateRecipe(Evaluate):
-    """inputs: (models..., prepared domains...)."""
+    """inputs: (models..., prepared domains..., files of tasks...)."""
 
     models: tuple[EvaluatedModel, ...]
     columns: tuple[EvaluatedDomain, ...]
+    questions: tuple[EvaluatedTask, ...] = ()
     routing: str = ""
     """Routing method of the mixed and final model; empty for a dense run."""
 
@@ -222,9 +237,13 @@ class Preflight(Model):
     """The run's uid; salt of its stages under `policy.reuse: Never`."""
     members: tuple[str, ...] | None = None
     """The run's members once decided."""
+    without: tuple[str, ...] = ()
+    """Their lost domains (methods.Members)."""
     versions: dict[Kind, int] = VERSIONS
     verify: bool = False
     """Read every byte of every complete stage."""
+    record: bool = True
+    """Write the run's record; False: only asking."""
 
 
 class ReportRun(Model):
@@ -250,13 +269,19 @@ class Export(Model):
     digest: str
     folder: str
     """Local folder, made new or empty."""
+    card: str = ""
+    """Digest of the evaluate stage whose model card comes along, as README.md."""
 
 
 class Gc(Model):
-    """Errand: delete artifacts that no run record younger than keep_days names."""
+    """Errand: delete artifacts that no run wants: none that is not done, none of the last days."""
 
     keep_days: int
     dry_run: bool = True
+    abandoned_days: int | None = None
+    """Runs that are not done are given up when nothing moved for so long; None: never."""
+    force: bool = False
+    """Also where no run has a record."""
 
 
 class Task(Model):
@@ -345,6 +370,10 @@ class Parameters(Model):
     """Used per token of the mixed model."""
     head: int = 0
     """Of these, parameters of embeddings that take part in no multiplication."""
+    embedding: int = 0
+    """Of one embedding: vocabulary x width, which is what the loss head multiplies."""
+    experts: int = 0
+    """Of `active`, parameters of the experts themselves."""
     layers: int = 0
     hidden: int = 0
     """Width of attention (heads x head_dim), for the attention part of FLOPs."""
@@ -361,6 +390,8 @@ class Resolved(Model):
     """In the order of `spec.domains()`."""
     models: Annotated[tuple[Annotated[str, Field(max_length=22)], ...], Field(max_length=64)] = ()
     """Ready experts, in spec order."""
+    tasks: Annotated[tuple[Annotated[str, Field(max_length=22)], ...], Field(max_length=32)] = ()
+    """Files of `evaluate.tasks`, in spec order."""
     complete: Annotated[str, Field(max_length=64)] = ""
     """Hexadecimal bitmap over the graph's stages in order: bit i set = stage i is complete."""
     gains: Annotated[tuple[Real | None, ...], Field(max_length=64)] = ()

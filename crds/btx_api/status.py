@@ -115,6 +115,8 @@ class Row(Model):
     """Of a complete train stage: own held-out loss before minus after, in nats per token."""
     token: Annotated[str, Field(max_length=16)] = ""
     """Attempt folder of the artifact, as far as known; prepare rows do without."""
+    dead_experts: Annotated[str, Field(max_length=SHORT_LENGTH)] = ""
+    """`<count>: <layer>.<expert>, ...` that next to no tokens reach; cut; empty: none."""
     message: Annotated[str, Field(max_length=MESSAGE_LENGTH)] = ""
     """Why the last attempt ended badly; empty while the next one is active."""
 
@@ -205,6 +207,8 @@ class EventReason(StrEnum):
     STAGE_FAILED = "StageGivenUp"
     ARTIFACT_CORRUPT = "ArtifactCorrupt"
     EXPERT_LATE = "ExpertLate"
+    EXPERT_DEAD = "ExpertDead"
+    EXPERT_ALIVE = "ExpertAlive"
     MEMBERS_DECIDED = "MembersDecided"
 
 

@@ -4,6 +4,7 @@ decide.py calls `record` with what it sees and `step` to learn what the stage ma
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,9 +184,11 @@ def _live(row: Row, attempt: Attempt, policy: Policy, now: float) -> Row:
         return change(_over(row, State.FAILED), message=f"policy.{deadline[1]} passed")
     state = {Phase.RUNNING: State.RUNNING, Phase.QUEUED: State.QUEUED}.get(attempt.phase)
     running = attempt.phase is Phase.RUNNING and attempt.since is not None
+    dead = attempt.dead_experts
     return change(
         row,
         handle=attempt.handle,
+        dead_experts=row.dead_experts if dead is None else _counted(len(dead), dead),
         state=row.state if row.state is State.STOPPING else state or State.STARTING,
         start_time=int(attempt.since or 0) if running else None,
     )
@@ -198,6 +201,9 @@ def _ended(row: Row, attempt: Attempt, code: int, policy: Policy, now: float) ->
     match code:
         case Exit.OK if attempt.result is not None:
             row = complete(row, gain=result.metrics.get("gain"), token=result.token)
+            dead = int(result.metrics.get("dead_experts", 0))
+            if str(dead) != (row.dead_experts or "0").partition(":")[0]:
+                row = change(row, dead_experts=_counted(dead))
         case Exit.OK:
             row = change(_over(row, State.PENDING), check=True, message="its Result was lost")
         case _ if stopped:
@@ -214,6 +220,11 @@ def _ended(row: Row, attempt: Attempt, code: int, policy: Policy, now: float) ->
         case _:
             row = fail(row, message, policy, now)
     return row if row.state in (State.PENDING, State.COMPLETE) else change(row, exit=code)
+
+
+def _counted(count: int, names: Sequence[str] = ()) -> str:
+    """What a row says of dead experts; that an attempt ended may be seen before its last words."""
+    return brief(f"{count}: {', '.join(names)}".removesuffix(": "), SHORT_LENGTH) if count else ""
 
 
 def _lost(row: Row, message: str, policy: Policy, now: float) -> Row:

@@ -18,12 +18,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from btx_api.methods import Members, graph
+from btx_api.methods import graph
+from btx_api.names import RUNS_FOLDER, STAGES_FOLDER
 from btx_api.spec import Model, Storage, explain
 from btx_api.stage import (
     Exit,
     Export,
     Gc,
+    Kind,
     Preflight,
     Problem,
     Progress,
@@ -39,6 +41,7 @@ from pydantic import ValidationError
 from btx_operator import manifest, processes, views
 from btx_operator.edits import standing
 from btx_operator.errors import ErrandError, ManifestError, NotFoundError, UserError
+from btx_operator.flops import Rate, measured_rates
 from btx_operator.local import (
     LocalBackend,
     SavedRun,
@@ -54,7 +57,7 @@ from btx_operator.render import Screen
 
 TOLD = (
     EventReason.ATTEMPT_FAILED, EventReason.ATTEMPT_LOST, EventReason.ARTIFACT_CORRUPT,
-    EventReason.MEMBERS_DECIDED,
+    EventReason.MEMBERS_DECIDED, EventReason.EXPERT_DEAD, EventReason.EXPERT_ALIVE,
 )  # fmt: skip
 """Events worth a line; the rest is seen in the stages' states, or said at the end."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -89,6 +92,13 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _rate(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
 def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="btx", description=(__doc__ or "").splitlines()[0])
     top.add_argument("--version", action="version", version=f"btx {version('btx')}")
@@ -112,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = command(plan, "what a run would do and cost, without doing it")
     files(parser)
     parser.add_argument(
-        "--tflops", type=_whole, default=400, metavar="RATE",
-        help="10^12 FLOPs per second that one GPU achieves (400)",
+        "--flops-per-second", type=_rate, metavar="RATE",
+        help="what one GPU achieves, such as 400e12; else as measured in runs of this machine",
     )  # fmt: skip
     parser = command(run, "runs manifests side by side; run again to resume")
     files(parser)
@@ -130,11 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", default="", help="finetune, mix, average, train-NAME (the last)")
     command(retry, "forgives the failures so far").add_argument("run")
     command(refresh, "looks at the inputs again").add_argument("run")
-    parser = command(gc, "deletes artifacts that no run of the last days names")
+    parser = command(gc, "deletes what no run wants: none at work, none that ended lately")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("file", nargs="?", type=Path, metavar="FILE")
     what.add_argument("--storage", metavar="URI")
     parser.add_argument("--keep-days", type=_whole, required=True, metavar="N")
+    parser.add_argument(
+        "--abandoned-days", type=_whole, metavar="N",
+        help="gives up runs that are not done and of which nothing moved for so long (never)",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="also where no run has a record")
     parser.add_argument("--dry-run", action="store_true", help="only says what would be deleted")
     return top
 
@@ -162,7 +177,7 @@ def _manifests(args: argparse.Namespace) -> list[RunManifest]:
     return found
 
 
-def _errand(storage: Storage, name: str, *, echo: str = "", **work: Model) -> Result:
+def _errand(storage: Storage, name: str, *, echo: tuple[str, ...] = (), **work: Model) -> Result:
     """Asks a trainer process; ErrandError with its one line when there is no answer.
 
     `echo`: lines of its log that begin so are printed.
@@ -171,7 +186,7 @@ def _errand(storage: Storage, name: str, *, echo: str = "", **work: Model) -> Re
         task = Task(execution=TaskExecution(storage=storage, name=name), **work)  # type: ignore[arg-type]  # one of the five
         code, result, log = asyncio.run(processes.run_task(task, folder=Path(folder)))
         lines = log.read_text(errors="replace").splitlines()
-        print("".join(f"{line}\n" for line in lines if echo and line.startswith(echo)), end="")
+        print("".join(f"{line}\n" for line in lines if line.startswith(echo)), end="")
         if code == Exit.OK and result is not None:
             return result
         if result is not None and result.problem is not None:
@@ -189,15 +204,16 @@ def _words(problem: Problem) -> str:
 def plan(args: argparse.Namespace) -> int:
     """`btx plan FILE...`"""
     planned: dict[tuple[str, str], dict[str, str]] = {}
-    refused = False
-    for item in _manifests(args):
+    refused, manifests, rates = False, _manifests(args), _rates(args)
+    for item in manifests:
         uid, members = "", None
         with suppress(NotFoundError):
             before = saved(args.dir, item.name)
             uid, members = before.uid, standing(item.spec, before.status)
-        # What preflight looks at knows of no lost domain, so its graph is the one to count.
-        members = Members(experts=members.experts) if members else None
-        ask = Preflight(spec=item.spec, uid=uid, members=members.experts if members else None)
+        ask = Preflight(
+            spec=item.spec, uid=uid, members=members.experts if members else None,
+            without=members.without if members else (), record=False,
+        )  # fmt: skip
         resolved = _errand(item.spec.storage, "preflight", preflight=ask).resolved
         assert resolved is not None, "a preflight that ends well has an answer"
         print(f"{item.name}: {item.spec.method}, storage {item.spec.storage.uri}")
@@ -212,12 +228,24 @@ def plan(args: argparse.Namespace) -> int:
         bits = int(resolved.complete or "0", 16)
         complete = [bool(bits >> i & 1) for i in range(len(stages))]
         for line in views.plan_tables(
-            stages, complete, resolved.parameters, tflops=args.tflops, elsewhere=elsewhere
+            item.spec, stages, complete, resolved.parameters, rates=rates, elsewhere=elsewhere
         ):
             print(f"  {line}")
         for node in stages.values():
             elsewhere.setdefault(node.stage.digest, item.name)
     return Exit.CONFIGURATION if refused else Exit.OK
+
+
+def _rates(args: argparse.Namespace) -> dict[Kind, Rate]:
+    """As stated, or as measured in this machine's runs; what cannot be read tells nothing."""
+    if args.flops_per_second is not None:
+        stated = Rate(flops_per_second=args.flops_per_second, source="--flops-per-second, one GPU")
+        return dict.fromkeys(Kind, stated)
+    past = []
+    for name in saved_runs(args.dir):
+        with suppress(UserError):
+            past.append(saved(args.dir, name))
+    return measured_rates(past)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -351,9 +379,14 @@ def export(args: argparse.Namespace) -> int:
         raise UserError(f"run {one.name!r}: no stage {args.stage!r} (stages: {known})")
     if row.state is not State.COMPLETE:
         raise UserError(f"{one.name}/{row.name}: is {row.state}, not Complete")
-    ask = Export(kind=row.kind, digest=row.digest, folder=str(args.folder))
+    # The card is the final model's; it is written when that is measured.
+    final = row is views.final_stage(one.status)
+    measured = one.status.row("evaluate") if final else None
+    card = measured.digest if measured and measured.state is State.COMPLETE else ""
+    ask = Export(kind=row.kind, digest=row.digest, folder=str(args.folder), card=card)
     _errand(one.spec.storage, "export", export=ask)
-    print(f"{one.name}/{row.name}: exported to {args.folder}")
+    more = " with its model card" if card else ""
+    print(f"{one.name}/{row.name}: exported to {args.folder}{more}")
     return Exit.OK
 
 
@@ -392,8 +425,11 @@ def gc(args: argparse.Namespace) -> int:
             storage = Storage.parse({"uri": args.storage})
         except ValidationError as error:
             raise ManifestError(*explain(error, "--storage")) from None
-    ask = Gc(keep_days=args.keep_days, dry_run=args.dry_run)
-    print(_errand(storage, "gc", echo="stages/", gc=ask).text)
+    ask = Gc(
+        keep_days=args.keep_days, dry_run=args.dry_run, abandoned_days=args.abandoned_days,
+        force=args.force,
+    )  # fmt: skip
+    print(_errand(storage, "gc", echo=(STAGES_FOLDER, RUNS_FOLDER), gc=ask).text)
     return Exit.OK
 
 

@@ -165,6 +165,14 @@ def _told(row: Row, old: Row) -> Iterator[Event]:
     if row.invalid != old.invalid and row.invalid is not None and row.invalid.count:
         message = f"{row.name}: copy {row.invalid.tag} is corrupt"
         yield Event(reason=EventReason.ARTIFACT_CORRUPT, message=message, warning=True)
+    if row.dead_experts != old.dead_experts:
+        dead = f"{row.name}: dead experts (layer.expert) {row.dead_experts}"
+        alive = f"{row.name}: every expert gets tokens again"
+        yield (
+            Event(reason=EventReason.EXPERT_DEAD, message=dead, warning=True)
+            if row.dead_experts
+            else Event(reason=EventReason.EXPERT_ALIVE, message=alive)
+        )
     if row.state is old.state:
         return
     changes = {

@@ -181,6 +181,7 @@ def looked(seen: Observed, status: Status, now: float) -> tuple[Status, list[Sta
     work = Preflight(
         spec=spec, uid=seen.uid, versions=release.kinds, verify=seen.verify,
         members=standing.experts if standing else None,
+        without=standing.without if standing else (),
     )  # fmt: skip
     task = Task(
         schema_version=release.task, preflight=work, execution=execution_of(seen, status, row)

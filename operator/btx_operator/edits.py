@@ -287,14 +287,16 @@ def _resolved(seen: Observed, status: Status, answer: Resolved, row: Row) -> Sta
     if status.resolved is not None and status.refresh == seen.refresh:
         known = dict(zip(status.inputs, _prints(status.resolved), strict=True))
         kept = [known.get(h, f) for h, f in zip(inputs, _prints(answer), strict=True)]
-        domains = len(answer.domains)
+        domains, models = len(answer.domains), len(answer.models)
         merged = answer.model_copy(update={
             "seed": kept[0], "tokenizer": kept[1],
-            "domains": tuple(kept[2 : 2 + domains]), "models": tuple(kept[2 + domains :]),
+            "domains": tuple(kept[2 : 2 + domains]),
+            "models": tuple(kept[2 + domains : 2 + domains + models]),
+            "tasks": tuple(kept[2 + domains + models :]),
         })  # fmt: skip
     # The bitmap counts the stages of the graph that preflight saw; rewrite it for ours.
     members = standing(spec, status)
-    asked = _graph(seen, status, answer, Members(experts=members.experts) if members else None)
+    asked = _graph(seen, status, answer, members)
     there = _digests(asked, answer.complete)
     looked_at = {node.stage.digest for node in asked.values()}
     there |= {row.digest for row in status.stages if row.state is State.COMPLETE} - looked_at
@@ -323,7 +325,8 @@ def _digests(nodes: Graph, bitmap: str) -> set[str]:
 
 
 def _prints(resolved: Resolved) -> tuple[str, ...]:
-    return (resolved.seed, resolved.tokenizer, *resolved.domains, *resolved.models)
+    models = (*resolved.models, *resolved.tasks)
+    return (resolved.seed, resolved.tokenizer, *resolved.domains, *models)
 
 
 def _inputs(spec: BTXRunSpec) -> tuple[str, ...]:
@@ -331,6 +334,7 @@ def _inputs(spec: BTXRunSpec) -> tuple[str, ...]:
     uris: list[Any] = [["seed", spec.seed.uri], ["tokenizer", spec.prepare.tokenizer]]
     uris += [["domain", *(s.uri for s in sources)] for sources in spec.domains().values()]
     uris += [["model", expert.model] for expert in spec.experts if expert.model]
+    uris += [["task", task.uri] for task in spec.evaluate.tasks]
     return tuple(_hash(item, 8) for item in uris)
 
 

@@ -33,7 +33,7 @@ from btx_operator.observed import (
     index,
     storage_key,
 )
-from btx_operator.processes import Trainer, launch
+from btx_operator.processes import Trainer, dead_experts, launch
 from btx_operator.reconcile import reconcile
 
 INTERRUPTED = 130
@@ -84,6 +84,7 @@ class _Child:
             since=self.began if phase is Phase.RUNNING else None, stopping=self.stopping,
             exit=self.exit, seconds=seconds,
             result=trainer.result() if trainer and self.exit is not None else None,
+            dead_experts=dead_experts(trainer.progress if trainer else None),
         )  # fmt: skip
 
 
@@ -314,12 +315,15 @@ class LocalBackend:
                 if child.exit is not None or child.trainer is not None:
                     continue
                 default = self.slots if len(live) == 1 else 1
-                wish = child.start.task.execution.scheduling.threads or default
-                if min(wish, self.slots) > free:
+                scheduling = child.start.task.execution.scheduling
+                ranks = scheduling.processes or 1
+                each = scheduling.threads or max(1, default // ranks)
+                wish = min(each * ranks, self.slots)
+                if wish > free:
                     return
-                child.threads = min(wish, self.slots)
-                free -= child.threads
-                self._begin(name, child, wish)
+                child.threads = wish
+                free -= wish
+                self._begin(name, child, each)
 
     def _begin(self, run: str, child: _Child, threads: int) -> None:
         folder = self._runs[run].folder

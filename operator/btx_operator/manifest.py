@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from btx_api.names import API_VERSION, KIND
+from btx_api.names import API_VERSION, JOB_NAME_LENGTH, KIND, job_name
 from btx_api.spec import BTXRunSpec, Scheduling, explain
+from btx_api.stage import Kind
+from btx_api.status import PREFLIGHT
 from pydantic import ValidationError
 
 from btx_operator.errors import ManifestError
 
-RUN_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-RUN_NAME_LENGTH = 63
+RUN_NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+RUN_NAME_LENGTH = JOB_NAME_LENGTH - len(job_name("", PREFLIGHT, "0" * 8))
+"""Of a run whose other stages have names as short as preflight's."""
+NODES = 200_000
+"""Of a document once its aliases are followed; more is a bomb."""
 CLUSTER_FIELDS = tuple(Scheduling.model_fields)[list(Scheduling.model_fields).index("nodes") :]
 """Fields of Scheduling that a local run accepts and does not read ("Cluster only, ...")."""
 
@@ -57,17 +62,20 @@ class _Yaml12(yaml.SafeLoader):
 
     def number(self, node: yaml.ScalarNode) -> int | float:
         """`!!int` of the core schema: decimal (leading zeros too), 0o and 0x."""
-        text = node.value
+        text = str(self.construct_scalar(node))
         base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-        return int(text[2:] if base != 10 else text, base)
+        try:
+            return int(text[2:] if base != 10 else text, base)
+        except ValueError:
+            raise _at(node, f"an integer of {len(text)} digits") from None
 
     def real(self, node: yaml.ScalarNode) -> float:
         """`!!float` of the core schema; .inf and .nan are for the spec to refuse."""
-        return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
+        return float(re.sub(r"\.(?=inf|nan)", "", str(self.construct_scalar(node)).lower()))
 
     def truth(self, node: yaml.ScalarNode) -> bool:
         """`!!bool` of the core schema: true and false only."""
-        return bool(node.value.lower() == "true")
+        return str(self.construct_scalar(node)).lower() == "true"
 
 
 _CORE = (
@@ -91,19 +99,53 @@ for _name, _pattern, _first, _read in _CORE:
 
 
 def _at(node: yaml.Node, what: str) -> ManifestError:
-    return ManifestError(f"line {node.start_mark.line + 1}: {what}")
+    return ManifestError(f"{_place(node.start_mark)}: {what}")
+
+
+def _place(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
 def parse_yaml(text: str) -> Any:
-    """One YAML 1.2 document as JSON values; ManifestError with the line of the first problem."""
+    """One YAML 1.2 document as JSON values; ManifestError with the place of the first problem."""
     try:
-        return yaml.load(text, Loader=_Yaml12)
+        loader = _Yaml12(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, {})
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise ManifestError(f"{line}{error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ManifestError(" ".join(str(error).split())) from None
+        place = f"{_place(mark)}: " if mark else ""
+        raise ManifestError(f"{place}{_plain(error.problem or error.context or '')}") from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, error.position - before.rfind("\n")
+        what = f"character {chr(error.character)!r} is not allowed"  # of text it is a number
+        raise ManifestError(f"line {line}, column {column}: {what}") from None
+    except RecursionError:
+        raise ManifestError("line 1, column 1: the document is nested too deeply") from None
+
+
+def _measure(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Nodes below one, aliases followed; refuses what contains itself, and what is too large."""
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise _at(node, "an alias within its own anchor")
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+    children = (c for part in parts for c in (part if isinstance(part, tuple) else (part,)))
+    size = 1 + sum(_measure(child, sizes) for child in children)
+    if size > NODES:
+        raise _at(node, f"more than {NODES} values")
+    sizes[id(node)] = size
+    return size
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def read(path: Path, overlays: Sequence[str] = ()) -> RunManifest:
@@ -133,6 +175,9 @@ def parse(text: str, overlays: Sequence[str] = ()) -> RunManifest:
         spec = BTXRunSpec.parse(document["spec"])
     except ValidationError as error:
         raise ManifestError(*problems, *explain(error)) from None
+    except RecursionError:
+        raise ManifestError("spec: is nested too deeply") from None
+    problems = problems or _fit_problems(document["metadata"]["name"], spec)
     if problems:
         raise ManifestError(*problems)
     return RunManifest(
@@ -140,9 +185,21 @@ def parse(text: str, overlays: Sequence[str] = ()) -> RunManifest:
     )
 
 
+def _fit_problems(name: str, spec: BTXRunSpec) -> list[str]:
+    """A cluster names a Job after run and stage."""
+    stages = [f"{Kind.PREPARE}-{domain}" for domain in spec.domains()]
+    stages += [f"{Kind.TRAIN}-{expert.name}" for expert in spec.experts]
+    longest = max([*stages, PREFLIGHT], key=len)
+    over = len(job_name(name, longest, "0" * 8)) - JOB_NAME_LENGTH
+    if over <= 0:
+        return []
+    what = f"{name!r} is {over} characters too long: a Job of its stage {longest!r} is named after"
+    return [f"metadata.name: {what} both"]
+
+
 def _header_problems(document: dict[str, Any]) -> list[str]:
     problems = [
-        f"{field}: is {document.get(field)!r}, this release reads {wanted!r}"
+        f"{field}: is {repr(document.get(field))[:60]}, this release reads {wanted!r}"
         for field, wanted in (("apiVersion", API_VERSION), ("kind", KIND))
         if document.get(field) != wanted
     ]
@@ -151,17 +208,18 @@ def _header_problems(document: dict[str, Any]) -> list[str]:
             problems.append(f"{field}: is required and must be a mapping")
     # `status` is there when the manifest was printed by the API server; it is not ours to read.
     known = ("apiVersion", "kind", "metadata", "spec", "status")
-    return problems + [f"{field}: unknown field" for field in document if field not in known]
+    unknown = [field for field in document if field not in known]
+    return problems + [f"{_plain(field)[:60] or repr(field)}: unknown field" for field in unknown]
 
 
 def _name_problems(metadata: dict[str, Any]) -> list[str]:
     name = metadata.get("name")
     if name is None:
         return ["metadata.name: is required"]
-    if isinstance(name, str) and len(name) <= RUN_NAME_LENGTH and re.match(RUN_NAME, name):
+    if isinstance(name, str) and len(name) <= RUN_NAME_LENGTH and re.fullmatch(RUN_NAME, name):
         return []
     rule = f"lower-case letters, digits and dashes, at most {RUN_NAME_LENGTH}"
-    return [f"metadata.name: {name!r} is not a name ({rule})"]
+    return [f"metadata.name: {repr(name)[:80]} is not a name ({rule})"]
 
 
 def apply_overlay(document: dict[str, Any], item: str) -> None:

@@ -45,6 +45,8 @@ class Attempt:
     """What it left; None when there is nothing readable."""
     seconds: float = 0.0
     """Running time once ended."""
+    dead_experts: tuple[str, ...] | None = None
+    """`layer.expert` of each that it says is dead now; None while it says nothing of experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

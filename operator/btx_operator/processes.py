@@ -78,7 +78,11 @@ def launch(task: Task, *, folder: Path, command: Sequence[str] = TRAINER, thread
         path.parent.mkdir(parents=True, exist_ok=True)
     result.unlink(missing_ok=True)
     port = _free_port()
-    scheduling = execution.scheduling.model_copy(update={"threads": threads})
+    scheduling = execution.scheduling
+    scheduling = scheduling.model_copy(
+        # `gpus` and `nodes` are a cluster's.
+        update={"threads": threads, "processes": scheduling.processes or 1, "nodes": 1}
+    )
     execution = execution.model_copy(
         update={
             "listen": f"127.0.0.1:{port}",
@@ -120,6 +124,11 @@ async def pull(port: int) -> Progress | None:
         async with asyncio.timeout(PROGRESS_TIMEOUT):
             return Progress.model_validate_json(await _get(port, "/progress"))
     return None
+
+
+def dead_experts(progress: Progress | None) -> tuple[str, ...] | None:
+    """Those that it names; None when it is no word of experts (another phase, a dense model)."""
+    return progress.dead_experts if progress and progress.expert_load else None
 
 
 def port_of(task_file: Path) -> int | None:

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from btx_api.methods import Graph, finetune_phases
-from btx_api.spec import BTXRunSpec
+from btx_api.spec import BTXRunSpec, Scheduling
 from btx_api.stage import Kind, Parameters, Progress
 from btx_api.status import ACTIVE, Condition, ConditionType, Row, State, Status
 
-from btx_operator.flops import cost
+from btx_operator.attempts import scheduling_of
+from btx_operator.flops import Rate, cost, longest_chain
 from btx_operator.render import Line, count, duration, table
 
 FINAL = (Kind.FINETUNE, Kind.TRAIN)
@@ -52,7 +53,7 @@ def _note(row: Row) -> str:
     if row.state in ACTIVE:
         # What is said of the attempt before is no longer of interest.
         again = row.failures or row.preemptions or row.lost
-        return f"attempt {row.attempt}" if again else ""
+        return ", ".join(filter(None, (f"attempt {row.attempt}" if again else "", _dead(row))))
     return row.message
 
 
@@ -97,8 +98,12 @@ def _row(run: Run, row: Row, progress: Mapping[str, Progress]) -> tuple[str, ...
         "" if row.gain is None else f"{row.gain:+.4f}",
         "yes" if _note(row) == REUSED else "",
         duration(row.seconds) if row.seconds else "",
-        "" if row.state in (State.COMPLETE, *ACTIVE) else _note(row),
+        _dead(row) if row.state in (State.COMPLETE, *ACTIVE) else _note(row),
     )
+
+
+def _dead(row: Row) -> str:
+    return f"dead experts {row.dead_experts}" if row.dead_experts else ""
 
 
 def planned_tokens(spec: BTXRunSpec, stage: str) -> int:
@@ -137,39 +142,78 @@ def final_stage(status: Status, name: str = "") -> Row | None:
 
 
 def plan_tables(
+    spec: BTXRunSpec,
     graph: Graph,
     complete: Sequence[bool],
     parameters: Parameters,
     *,
-    tflops: int,
+    rates: Mapping[Kind, Rate],
     elsewhere: Mapping[str, str],
 ) -> list[str]:
-    """Every stage with what it costs, then what is left to pay.
+    """Every stage with what it costs, then the run's totals, and what is left to pay.
 
-    `tflops`: what one GPU achieves; `elsewhere`: digests that another plan pays for, and whose.
+    `rates` by kind of stage, none where nothing is known; `elsewhere`: digests that another plan
+    pays for, and whose.
     """
-    rows, costs = [], {"to run": 0.0, "complete": 0.0}
+    blocks = {name: scheduling_of(spec, name) for name in graph}
+    prices = {name: cost(node.stage, parameters, blocks[name]) for name, node in graph.items()}
+    hours = {
+        name: rates[node.stage.kind].hours(prices[name].flops)
+        for name, node in graph.items()
+        if prices[name].flops and node.stage.kind in rates
+    }
+    rows, left = [], dict[str, float]()
     for (name, node), done in zip(graph.items(), complete, strict=True):
-        digest, price = node.stage.digest, cost(node.stage, parameters)
+        digest, price = node.stage.digest, prices[name]
         other = elsewhere.get(digest)
         state = "complete" if done else f"as in {other}" if other else "to run"
-        costs[state] = costs.get(state, 0.0) + price.flops
+        if state == "to run":
+            left[name] = price.flops
         numbers = (count(price.tokens), str(price.steps)) if price.tokens else ("", "")
-        hours = f"{_hours(price.flops, tflops):.3g}"
-        work = (f"{price.flops:.2e}", hours) if price.flops else ("", "")
-        rows.append((name, state, *numbers, *work, digest))
+        work = f"{price.flops:.2e}" if price.flops else ""
+        time = f"{hours[name]:.3g}" if name in hours else ""
+        rows.append((name, state, *numbers, work, time, digest))
     p = parameters
     mixed = f", mixed {count(p.total)}, of them active {count(p.active)}" if p.total else ""
-    left, saved = costs["to run"], costs["complete"]
-    todo = sum(row[1] == "to run" for row in rows)
+    weight = {n: price.flops / _processes(blocks[n]) for n, price in prices.items()}
+    chain = longest_chain(graph, weight)
+    every = [name for name, price in prices.items() if price.flops]
+    total = sum(price.flops for price in prices.values())
     return [
         f"parameters: seed {count(p.dense)}{mixed}",
-        *table(("stage", "state", "tokens", "steps", "FLOPs", "GPU-hours", "digest"), rows),
-        f"{todo} of {len(rows)} stages to run: at most {left:.2e} FLOPs or "
-        f"{_hours(left, tflops):.3g} GPU-hours at {tflops} TFLOP/s per GPU; "
-        f"{_hours(saved, tflops):.3g} GPU-hours are complete in the storage",
-    ]
+        *table(("stage", "state", "tokens", "steps", "FLOPs", "hours", "digest"), rows),
+        f"{spec.method} in all: {total:.2e} FLOPs{_together(hours, every)}, "
+        f"{count(sum(price.tokens for price in prices.values()))} tokens",
+        f"longest chain: {', '.join(chain)}: {sum(prices[n].flops for n in chain):.2e} FLOPs"
+        + _together({n: h / _processes(blocks[n]) for n, h in hours.items()},
+                    [name for name in chain if name in every], "hours"),
+        *_rate_lines(graph, every, rates),
+        f"{len(left)} of {len(rows)} stages to run: at most {sum(left.values()):.2e} FLOPs"
+        + _together(hours, [name for name in left if name in every]),
+    ]  # fmt: skip
 
 
-def _hours(flops: float, tflops: int) -> float:
-    return flops / (tflops * 1e12) / 3600
+def _processes(block: Scheduling) -> int:
+    return block.nodes * max(1, block.gpus)
+
+
+def _together(
+    hours: Mapping[str, float], names: Sequence[str], unit: str = "GPU- or process-hours"
+) -> str:
+    """`, 12.5 hours`; nothing where the rate of one of the stages is not known."""
+    known = all(name in hours for name in names)
+    return f", {sum(hours[name] for name in names):.3g} {unit}" if known and names else ""
+
+
+def _rate_lines(graph: Graph, every: Sequence[str], rates: Mapping[Kind, Rate]) -> list[str]:
+    """Where the hours come from; which kinds have none."""
+    told: dict[str, list[str]] = {}
+    for kind in dict.fromkeys(graph[name].stage.kind for name in every):
+        rate = rates.get(kind)
+        said = (
+            f"{rate.flops_per_second:.3g} FLOP/s ({rate.source})"
+            if rate
+            else ("no rate known, so no hours; see --flops-per-second")
+        )
+        told.setdefault(said, []).append(kind)
+    return [f"{', '.join(kinds)}: {said}" for said, kinds in told.items()]

@@ -81,6 +81,7 @@ def test_locations_stand_beside_their_inputs() -> None:
     ("change", "names"),
     [
         ({"execution": {"train": {"threads": 7, "checkpointSeconds": 5}}}, set()),
+        ({"execution": {"train": {"processes": 4}, "finetune": {"processes": 2}}}, set()),
         ({"policy": {"maxRetries": 9}}, set()),
         ({"train": {"optimizer": {"lr": 1e-4}}}, set()),
         ({"evaluate": {"tokens": 99}}, {"evaluate"}),
@@ -195,7 +196,11 @@ def test_digests_are_golden() -> None:
         "defaults": spec_of(),
         "dense": spec_of(method="Dense"),
         "explicit": spec_of(**explicit_defaults()),
-    }
+        "tasks": spec_of(evaluate={"tasks": [
+            {"name": "arc", "uri": "file://arc.jsonl"},
+            {"name": "gsm", "uri": "file://gsm.jsonl", "kind": "ExactMatch", "shots": 8},
+        ]}),
+    }  # fmt: skip
     found = {name: digests(graph(s, resolved_for(s))) for name, s in examples.items()}
 
     assert found["explicit"] == found["defaults"]

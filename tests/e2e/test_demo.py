@@ -85,7 +85,7 @@ def test_the_final_model_generates(demo: tuple[Path, str], stock: torch.nn.Modul
 def test_stock_logits_equal_the_trainers(demo: tuple[Path, str], stock: torch.nn.Module) -> None:
     """fp32, same experts and attention, no cache: within 1e-6 x max(5, max |logit|)."""
     ours = load_model(demo[0] / "model").eval()
-    install(ours, rule_for(Routing(), EXPERTS))
+    install(ours, rule_for(Routing(), EXPERTS, "mixtral"))
     for domain in ("code", "math"):
         ids = torch.tensor(next(documents(demo[0], domain, 4096)))[None]
         positions = torch.arange(ids.shape[1])[None]
@@ -98,7 +98,7 @@ def test_stock_logits_equal_the_trainers(demo: tuple[Path, str], stock: torch.nn
         assert worst <= 1e-6 * max(5.0, theirs.abs().max().item())
 
 
-@pytest.mark.parametrize("domain", ["code", "prose", "math", "general"])
+@pytest.mark.parametrize("domain", ["code", "prose", "math", "general", "docstrings"])
 def test_held_out_losses_are_what_stock_code_computes(
     demo: tuple[Path, str], stock: torch.nn.Module, domain: str
 ) -> None:
@@ -115,3 +115,46 @@ def test_held_out_losses_are_what_stock_code_computes(
             count += ids.shape[1] - 1
 
     assert nats / count == pytest.approx(told, abs=1e-4)
+
+
+def test_the_domain_that_nobody_trained_on_is_marked(demo: tuple[Path, str]) -> None:
+    """In the table, the page, the model card and the sentences; it is the only one."""
+    folder, printed = demo
+    report = json.loads((folder / "report.json").read_text())
+
+    for run in report["runs"].values():
+        marked = [domain["name"] for domain in run["domains"] if domain.get("untrained")]
+        assert marked == ["docstrings"]
+    assert "docstrings†" in printed and "† no model of the run was trained" in printed
+    assert '<th scope="col">docstrings†</th>' in (folder / "report.html").read_text()
+    card = (folder / "model/README.md").read_text()
+    assert "| docstrings† |" in card and "Nobody trained on docstrings: there the final" in card
+    assert sum("Nobody trained on docstrings" in text for text in report["sentences"]) == 2
+
+
+def test_the_task_is_what_stock_code_computes(
+    demo: tuple[Path, str], stock: torch.nn.Module
+) -> None:
+    """One choice at a time: the same accuracy as in report.json, but for ties within 1e-4 nats."""
+    report = json.loads((demo[0] / "report.json").read_text())["runs"]["quickstart"]
+    final = next(row for row in report["models"] if row["role"] == "final")
+    lines = (demo[0] / "data/products.jsonl").read_text().splitlines()
+    *records, last = map(json.loads, lines)
+    shots = "".join(f"{r['question']} {r['answer']}\n\n" for r in records[:2])
+    right, close = 0, 0
+    for record in [*records[2:], last]:
+        prompt = (shots + record["question"]).encode()
+        scores = []
+        for choice in record["choices"]:
+            ids = torch.tensor([[*prompt, *f" {choice}".encode()]])
+            with torch.no_grad():
+                logits = stock(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            kept = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])
+            scores.append(kept.sum().item())
+        first, second = sorted(scores)[:-3:-1]
+        close += first - second < 1e-4
+        right += record["choices"][scores.index(first)] == record["answer"]
+
+    told = final["tasks"]["products"]["accuracy"] * len(lines[2:])
+    assert abs(told - right) <= close + 1e-3
+    assert close < 5

@@ -155,9 +155,11 @@ def test_runs_are_reported_side_by_side(finished):
 def test_a_model_is_exported_by_stage(finished):
     """The default is the final model; `--stage` takes any other by name, if the run has it."""
     place = finished[0]
-    assert place.btx("export", "tiny", "out")[1] == "tiny/finetune: exported to out\n"
-    assert place.btx("export", "dense", "out")[1] == "dense/train-dense: exported to out\n"
-    assert "train-code: exported" in place.btx("export", "tiny", "o", "--stage", "train-code")[1]
+    said = "exported to out with its model card\n"
+    assert place.btx("export", "tiny", "out")[1] == f"tiny/finetune: {said}"
+    assert place.btx("export", "dense", "out")[1] == f"dense/train-dense: {said}"
+    other = place.btx("export", "tiny", "o", "--stage", "train-code")[1]
+    assert other == "tiny/train-code: exported to o\n"
     assert "no stage 'train-x'" in place.btx("export", "tiny", "o", "--stage", "train-x")[2]
 
 
@@ -238,7 +240,7 @@ def test_plan_lists_stages_without_running_any(place):
     code, out, _ = place.btx("plan", "tiny.yaml", "dense.yaml")
     assert code == 0
     plan = out.partition("dense: ")[0]
-    assert [line.split()[0] for line in plan.splitlines()[3:-1]] == STAGES
+    assert [line.split()[0] for line in plan.splitlines()[3 : 3 + len(STAGES)]] == STAGES
     assert "8 of 8 stages to run" in plan
     assert "prepare-code   as in tiny" in out.partition("dense: ")[2]
     assert not (place.folder / "storage" / "stages").exists()
@@ -292,7 +294,8 @@ def test_a_users_error_is_one_line(place, monkeypatch, capsys, arguments, line):
 @pytest.mark.parametrize(
     "arguments",
     ["", "nonsense", "run", "gc --keep-days 1", "gc tiny.yaml --keep-days 0",
-     "run tiny.yaml --slots -1", "plan tiny.yaml --tflops 0"],
+     "run tiny.yaml --slots -1", "plan tiny.yaml --flops-per-second 0",
+     "plan tiny.yaml --flops-per-second inf", "plan tiny.yaml --flops-per-second x"],
 )  # fmt: skip
 def test_wrong_usage_exits_2(arguments, capsys):
     """argparse says what is missing or no number above 0, and how the command is used."""

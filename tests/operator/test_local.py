@@ -165,12 +165,17 @@ def test_a_task_is_completed_by_the_backend(machine: Machine) -> None:
         ({"threads": 2}, 3, [("train-a", 2)]),
         ({"threads": 2}, 4, [("train-a", 2), ("train-b", 2)]),
         ({"threads": 9}, 2, [("train-a", 9)]),
+        ({"processes": 2}, 4, [("train-a", 1), ("train-b", 1)]),
+        ({"processes": 2, "threads": 2, "gpus": 8}, 7, [("train-a", 2)]),
     ],
 )
 def test_attempts_share_the_cores(
     tmp_path: Path, explicit: dict[str, int], slots: int, expected: list[tuple[str, int]]
 ) -> None:
-    """One thread each, as many as there are cores, in spec order; more only where asked for."""
+    """One thread each, as many as there are cores, in spec order; more only where asked for.
+
+    Every process of a stage has its threads.
+    """
     machine = Machine(tmp_path, slots=slots)
     experts = [{"name": n, "tokens": 10, "data": [{"uri": f"file://{n}"}]} for n in "abc"]
     prepared(machine, spec_of(experts=experts, execution={"train": explicit}))
@@ -179,6 +184,8 @@ def test_attempts_share_the_cores(
     tasks = [c.trainer.result_file.with_suffix(".task.json") for c in children if c.trainer]
     threads = [json.loads(t.read_text())["execution"]["scheduling"]["threads"] for t in tasks]
     assert list(zip(running(machine), threads, strict=True)) == expected
+    asked = [json.loads(t.read_text())["execution"]["scheduling"]["processes"] for t in tasks]
+    assert set(asked) == {explicit.get("processes", 1)}, "GPUs are a cluster's"
     assert all(machine.row(f"train-{n}").state in (State.STARTING, State.RUNNING) for n in "abc")
     machine.close()
 

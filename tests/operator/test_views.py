@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 from btx_api.methods import graph
-from btx_api.stage import Parameters, Progress
+from btx_api.spec import Scheduling
+from btx_api.stage import Kind, Parameters, Progress
 from btx_api.status import Condition, ConditionType, Reason, Row, State, Status
 from btx_operator import views
+from btx_operator.flops import Rate, cost
 from builders import resolved_for, spec_of
 
 SPEC = spec_of(finetune={"data": [{"tokens": 300, "domains": {"code": 1}}]})
@@ -143,19 +145,61 @@ def test_the_final_model_is_finetuned_or_dense():
     assert views.final_stage(Status()) is None
 
 
+PARAMETERS = Parameters(dense=10**9, total=2 * 10**9, active=15 * 10**8, layers=2, hidden=8)
+
+
+def a_plan(rates, **how):
+    """The plan of SPEC: train-code is complete, another plan pays for train-math."""
+    complete = [name == "train-code" for name in GRAPH]
+    elsewhere = {GRAPH["train-math"].stage.digest: "dense"}
+    return views.plan_tables(
+        spec_of(**how), GRAPH, complete, PARAMETERS, rates=rates, elsewhere=elsewhere
+    )
+
+
+def number(line, unit):
+    """The number before a word."""
+    words = line.replace(",", "").split()
+    return float(words[words.index(unit) - 1])
+
+
 def test_a_plan_says_what_is_left_to_pay():
     """Complete stages and stages that another plan pays for are not counted again."""
-    parameters = Parameters(dense=10**9, total=2 * 10**9, active=15 * 10**8, layers=2, hidden=8)
-    complete = [name == "train-code" for name in GRAPH]
-    shown = views.plan_tables(
-        GRAPH, complete, parameters, tflops=1,
-        elsewhere={GRAPH["train-math"].stage.digest: "dense"},
-    )  # fmt: skip
+    shown = a_plan({})
     assert shown[0] == "parameters: seed 1B, mixed 2B, of them active 1.5B"
     assert words(shown, "train-code")[1:4] == ["complete", "4.194M", "1"]
     assert words(shown, "train-math")[1:4] == ["as", "in", "dense"]
     assert words(shown, "prepare-code")[1:4] == ["to", "run", GRAPH["prepare-code"].stage.digest]
+    flops = {n: cost(GRAPH[n].stage, PARAMETERS, Scheduling()).flops for n in GRAPH}
+    total, left = shown[-4], shown[-1]
+    assert total.startswith(f"BTX in all: {sum(flops.values()):.2e} FLOPs, ")
+    assert left == (
+        f"{len(GRAPH) - 2} of {len(GRAPH)} stages to run: "
+        f"at most {flops['finetune'] + flops['evaluate']:.2e} FLOPs"
+    )
+
+
+def test_a_plan_without_a_rate_has_no_hours():
+    """Nothing is guessed: no hours anywhere, and a line that says how to get them."""
+    shown = a_plan({})
+    assert not any("hours" in line for line in shown[2:-2])
+    assert shown[-2] == (
+        "train, finetune, evaluate: no rate known, so no hours; see --flops-per-second"
+    )
+    some = a_plan({Kind.TRAIN: Rate(flops_per_second=1e12, source="test")})
+    assert "train: 1e+12 FLOP/s (test)" in some
+    assert "finetune, evaluate: no rate known, so no hours; see --flops-per-second" in some
+    assert "hours" not in some[-1]
+
+
+def test_hours_are_flops_by_the_rate_and_gpus_shorten_the_chain():
+    """A stage's hours are one GPU's; the longest chain takes them on all GPUs of its stages."""
+    rates = dict.fromkeys(Kind, Rate(flops_per_second=1e12, source="test"))
+    shown = a_plan(rates)
     row = words(shown, "train-code")
     assert float(row[5]) == pytest.approx(float(row[4]) / 3.6e15, rel=0.01)
-    assert shown[-1].startswith(f"{len(GRAPH) - 2} of {len(GRAPH)} stages to run: at most ")
-    assert shown[-1].endswith(f"; {row[5]} GPU-hours are complete in the storage")
+    assert number(shown[-3], "hours") > 0
+    wide = {kind: {"gpus": 4, "nodes": 2} for kind in ("train", "finetune", "evaluate")}
+    eighth = a_plan(rates, execution=wide)
+    assert number(eighth[-3], "hours") == pytest.approx(number(shown[-3], "hours") / 8, rel=0.01)
+    assert words(eighth, "train-code") == row

@@ -139,6 +139,55 @@ def test_shares_follow_the_weights_at_every_tenth(domains):
     assert repeated[-1] > 3
 
 
+MATH = {"algebra": 13.57, "web": 54.27, "papers": 27.14, "code": 2.99, "crawl": 5.01}
+CODE = {"code": 82.18, "about": 9.90, "prose": 6.93}
+"""Weights as the BTX paper prints them (section 4.1): they sum to 102.98 and 99.01."""
+
+
+def test_the_realised_mixture_is_within_one_percent_at_every_tenth_of_the_run(tmp_path):
+    """By the tokens really read: three domains of several sources, two phases, one source repeated.
+
+    Each source has a letter of its own, so that a row of a batch tells where it came from.
+    """
+    letters = iter("abcdefghijkl")
+    letter_of, domains = {}, {}
+    for domain, weights in enumerate((MATH, CODE, {"general": 1.0}), 1):
+        sources = []
+        for name, weight in weights.items():
+            letter_of[domain, name] = letter = next(letters)
+            size = 400 if name == "crawl" else 40_000
+            sources.append((weight, [letter.encode() * 39] * (size // 40)))
+        domains[str(domain)] = prepared(tmp_path / str(domain), *sources)
+    # Three tenths of one domain alone, then all of them with `general`, as finetune has it.
+    shares_of = [{"1": 1.0}, {"1": 60.0, "2": 40.0, "3": 25.0}]
+    phases = [
+        Phase(tokens=tokens, domains=s)
+        for tokens, s in zip((30_720, 71_680), shares_of, strict=True)
+    ]
+    data = sampler(domains, phases, batch=16, length=16)
+    per_step, read, due = 256, Counter(), Counter()
+    assert data.steps * per_step == 102_400
+    for step in range(data.steps):
+        for row in data.batch(step).input_ids:
+            read[chr(min(row))] += len(row)
+        phase = shares_of[data.phase_of(step)]
+        for (domain, name), letter in letter_of.items():
+            source = (MATH, CODE, {"general": 1.0})[domain - 1]
+            own = source[name] / math.fsum(source.values())
+            due[letter] += per_step * own * phase.get(str(domain), 0) / math.fsum(phase.values())
+        if (step + 1) % (data.steps // 10) == 0:
+            total = (step + 1) * per_step
+            assert math.fsum(due.values()) == pytest.approx(total)
+            for letter in letter_of.values():
+                assert abs(read[letter] / total - due[letter] / total) < 0.01
+                # Well below: a source is never more than two sequences from what is due.
+                assert abs(read[letter] - due[letter]) < 2 * 16 * len(phases)
+    assert read.total() == 102_400
+    samples = [data.sample(i) for i in range(data.steps * data.batch_size)]
+    last = max(s.epoch for s in samples if (s.domain, s.source) == (1, 4))
+    assert last > 3, "the crawl is repeated more than three times"
+
+
 @settings(max_examples=50)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20), st.integers(1, 3000))
 def test_no_source_is_far_from_its_share(tmp_path_factory, weights, count):

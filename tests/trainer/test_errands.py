@@ -1,10 +1,7 @@
 """Preflight, report, export and gc on real storage."""
 
-import dataclasses
 import json
-import os
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,6 @@ from btx_api.stage import (
     EvaluateRecipe,
     Exit,
     Export,
-    Gc,
     Kind,
     Parameters,
     Preflight,
@@ -32,7 +28,6 @@ from btx_api.stage import (
     Task,
     TaskExecution,
 )
-from btx_trainer import errands
 from btx_trainer.artifacts import Attempt, find
 from btx_trainer.errands import run
 from btx_trainer.errors import ConfigurationError, CorruptInputError, MissingError
@@ -109,7 +104,7 @@ def test_preflight_resolves_everything_once(storage):
     ffn = 2 * 3 * 16 * 24
     assert found.parameters == Parameters(
         dense=dense, total=dense + 2 * ffn + 2 * 3 * 16, active=dense + ffn + 2 * 3 * 16,
-        head=260 * 16, layers=2, hidden=16,
+        head=260 * 16, embedding=260 * 16, experts=2 * ffn, layers=2, hidden=16,
     )  # fmt: skip
     nodes = graph(spec, found, uid="uid-1")
     record = json.loads(open_store(storage).read(run_record("uid-1")))
@@ -118,6 +113,23 @@ def test_preflight_resolves_everything_once(storage):
     }
     assert record["time"].endswith("Z")
     assert ask(spec) == found
+
+
+def test_only_asking_writes_no_record():
+    """`btx plan` of an edited manifest must not touch what gc keeps for the run."""
+    assert ask(record=False).problems == ()
+    assert list(open_store(Storage(uri="file://storage")).list("runs/")) == []
+
+
+def test_lost_domains_are_left_out_of_the_graph_that_is_looked_up():
+    """A domain without data is in no finetune and in no column: its members say so."""
+    spec = spec_of(policy={"failurePolicy": "Quorum", "minExperts": 1})
+    members = Members(experts=("math",), without=("code",))
+    nodes = graph(spec, ask(spec), members)
+    make(open_store(spec.storage), nodes["finetune"].stage)
+    found = ask(spec, members=members.experts, without=members.without)
+    assert int(found.complete, 16) == 1 << list(nodes).index("finetune")
+    assert ask(spec, members=members.experts).complete == "0"
 
 
 def test_preflight_says_what_is_complete(storage):
@@ -192,6 +204,19 @@ def test_a_ready_expert_is_fingerprinted():
     assert ask(spec).models != found.models
 
 
+def test_the_files_of_tasks_are_fingerprinted(storage):
+    """By content, wherever they lie; every record has been read."""
+    line = json.dumps({"question": "?", "choices": ["a", "b"], "answer": "b"})
+    tasks = [{"name": "q", "uri": "file://q.jsonl"}, {"name": "r", "uri": "file://r.jsonl"}]
+    for name, text in (("q", line), ("r", line), ("s", line + "\n" + line)):
+        Path(f"{name}.jsonl").write_text(text)
+    one, other = ask(spec_of(storage, evaluate={"tasks": tasks})).tasks
+    tasks[1]["uri"] = "file://s.jsonl"
+
+    assert one == other
+    assert ask(spec_of(storage, evaluate={"tasks": tasks})).tasks[1] != one
+
+
 READY = {"experts": [expert("code"), {"name": "ready", "model": "file://ready"}]}
 
 
@@ -224,6 +249,18 @@ PROBLEMS = {
     "an unsupported family": (
         lambda: edit_json("seed/config.json", model_type="gpt2"), {},
         "seed.uri: config.json: model_type 'gpt2' is not supported",
+    ),
+    "biases that the target has not": (
+        lambda: edit_json("seed/config.json", attention_bias=True), {},
+        "seed.uri: config.json: attention_bias is True, only False can be mixed",
+    ),
+    "heads that turn in part": (
+        lambda: edit_json("seed/config.json", partial_rotary_factor=0.75), {},
+        "seed.uri: config.json: partial_rotary_factor is 0.75, only 1.0 can be mixed",
+    ),
+    "layers that slide": (
+        lambda: edit_json("seed/config.json", model_type="qwen3", use_sliding_window=True), {},
+        "seed.uri: config.json: use_sliding_window is True, only False can be mixed",
     ),
     "an unknown field": (
         lambda: edit_json("seed/config.json", rope_magic=2), {},
@@ -265,9 +302,33 @@ PROBLEMS = {
                                                           {"uri": "file://none/*"}]}]}},
         "evaluate.domains[1].data[1].uri: matches no file",
     ),
+    "a bad record of a task": (
+        lambda: Path("q.jsonl").write_text('{"question": "?", "answer": "!"}\n{"question": "?"}\n'),
+        {"evaluate": {"tasks": [{"name": "q", "uri": "file://q.jsonl", "kind": "ExactMatch"}]}},
+        "evaluate.tasks[0]: q.jsonl: line 2: answer: is missing",
+    ),
+    "no such task": (
+        lambda: None, {"evaluate": {"tasks": [{"name": "q", "uri": "file://q.jsonl"}]}},
+        "evaluate.tasks[0]: file://q.jsonl: matches no file",
+    ),
     "another architecture": (
         lambda: write_llama(Path("ready"), 1, num_hidden_layers=3), READY,
         "experts[1].model: config.json: num_hidden_layers is 3, the seed's is 2",
+    ),
+    "another family": (
+        lambda: edit_json("ready/config.json", model_type="mistral"), READY,
+        "experts[1].model: config.json: model_type is 'mistral', the seed's is 'llama'",
+    ),
+    "an expert of an unsupported family": (
+        lambda: edit_json("ready/config.json", model_type="gpt2"), READY,
+        "experts[1].model: config.json: model_type is 'gpt2', the seed's is 'llama'",
+    ),
+    "another multiplier": (
+        lambda: [
+            write_llama(Path(name), i, model_type="granite", logits_scaling=8.0 + i)
+            for i, name in enumerate(("seed", "ready"))
+        ], READY,
+        "experts[1].model: config.json: logits_scaling is 9.0, the seed's is 8.0",
     ),
     "another theta": (
         lambda: write_llama(Path("ready"), 1, rope_theta=5e5), READY,
@@ -332,7 +393,7 @@ def test_too_many_inputs_are_refused():
     domains = [{"name": f"d{i}", "data": data} for i in range(95)]
     found = ask(spec_of(evaluate={"domains": domains}))
 
-    assert found.problems[0].startswith("experts: 98 domains and 0 ready experts; at most 96")
+    assert found.problems[0].startswith("experts: 98 domains, 0 ready experts, 0 tasks; at most 96")
 
 
 TEXT = st.text(min_size=1, max_size=2000)
@@ -346,15 +407,19 @@ LARGEST = Resolved(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(TEXT, max_size=8), st.integers(0, 64), st.booleans(), st.floats(0, 1e9))
-def test_the_largest_answer_fits_a_termination_message(problems, ready, refused, seconds):
-    """64 experts, 96 fingerprints of domains and ready experts, 8 problems of any text."""
+@given(
+    st.lists(TEXT, max_size=8), st.integers(0, 64), st.integers(0, 32), st.booleans(),
+    st.floats(0, 1e9),
+)  # fmt: skip
+def test_the_largest_answer_fits_a_termination_message(problems, ready, tasks, refused, seconds):
+    """64 experts, 96 fingerprints of domains, ready experts and tasks, 8 problems of any text."""
     resolved = Resolved(problems=tuple(problems))
     if not refused:
         resolved = LARGEST.model_copy(
             update={
-                "domains": (FULL,) * (96 - ready),
+                "domains": (FULL,) * (96 - ready - tasks),
                 "models": (FULL,) * ready,
+                "tasks": (FULL,) * tasks,
                 "gains": (None,) * ready + (-999.9999,) * (64 - ready),
             }
         )
@@ -404,6 +469,27 @@ def test_export_copies_a_model_verified(storage, tmp_path):
     again = Export(kind=STAGE.kind, digest=STAGE.digest, folder=str(tmp_path / "new"))
     with pytest.raises(ConfigurationError, match="exists and is not an empty folder"):
         do(again, storage)
+
+
+def test_the_model_card_comes_along(storage, tmp_path):
+    """From the evaluation that is named, verified; without that one there is no folder either."""
+    store = open_store(storage)
+    make(store, STAGE)
+    measured = Stage(kind=Kind.EVALUATE, version=1, recipe={}, inputs=())
+    ask = {"kind": STAGE.kind, "digest": STAGE.digest, "card": measured.digest}
+    with pytest.raises(MissingError):
+        do(Export(**ask, folder=str(tmp_path / "early")), storage)
+    attempt = Attempt(store, measured)
+    attempt.put("README.md", b"# A model")
+    found = attempt.commit(metrics={}, deviations=(), maker=Maker(), parents=())
+    text = do(Export(**ask, folder=str(tmp_path / "new")), storage)
+    store.put(found.key("README.md"), b"# A muddle"[:9])
+    with pytest.raises(CorruptInputError):
+        do(Export(**ask, folder=str(tmp_path / "late")), storage)
+
+    assert text == f"1 files, 3200 bytes in {tmp_path / 'new'}, and the model card"
+    assert (tmp_path / "new/README.md").read_bytes() == b"# A model"
+    assert not (tmp_path / "early").exists() and not (tmp_path / "late").exists()
 
 
 def test_a_corrupt_or_missing_artifact_is_not_exported(storage, tmp_path):
@@ -457,70 +543,3 @@ def test_report_puts_runs_side_by_side(storage, tmp_path):
     lost = Report(runs=(ReportRun(name="x", digest="0" * 32),), folder=str(folder))
     with pytest.raises(MissingError):
         do(lost, storage)
-
-
-def test_gc_keeps_what_is_young(storage, capsys, monkeypatch):
-    """Nothing younger than keepDays goes; two days later by the storage's clock it does."""
-    spec = spec_of(storage)
-    store = open_store(storage)
-    stage = graph(spec, ask(spec))["mix"].stage
-    make(store, stage)
-    assert do(Gc(keep_days=1, dry_run=False), storage) == "0 files of 0 stages deleted, 0 bytes"
-    assert find(store, stage.kind, stage.digest)
-    now = errands.probe(store)
-    later = dataclasses.replace(now, modified=now.modified + 2 * 86_400)
-    monkeypatch.setattr(errands, "probe", lambda _: later)
-    assert do(Gc(keep_days=1), storage).startswith("2 files of 1 stages would be deleted, ")
-    assert f"stages/mix/{stage.digest}: 2 of 2 files" in capsys.readouterr().out
-    assert find(store, stage.kind, stage.digest)
-    assert do(Gc(keep_days=1, dry_run=False), storage).startswith("2 files of 1 stages deleted, ")
-    assert list(store.list("stages/")) == []
-    assert store.head(run_record("uid-1"))
-
-
-def age(path: Path, days: float) -> None:
-    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        then = time.time() - days * 86_400
-        os.utime(file, (then, then))
-
-
-def test_gc_by_age_of_records_and_stages(tmp_path):
-    """An old stage goes unless a young record names it; a young stage stays without a record."""
-    spec = spec_of()
-    store = open_store(spec.storage)
-    nodes = graph(spec, ask(spec))
-    root = tmp_path / "storage"
-    named, stranger, young = nodes["mix"].stage, a_stage("old"), a_stage("young")
-    for stage in (named, stranger, young):
-        make(store, stage)
-    for stage in (named, stranger):
-        age(root / f"stages/{stage.kind}/{stage.digest}", 10)
-    collect = Gc(keep_days=7, dry_run=False)
-    assert do(collect, spec.storage).startswith("2 files of 1 stages deleted")
-    assert find(store, stranger.kind, stranger.digest) is None
-    assert not (root / f"stages/{stranger.kind}/{stranger.digest}").exists()
-    age(root / "runs", 8)
-    assert do(collect, spec.storage).startswith("2 files of 1 stages deleted")
-    assert find(store, named.kind, named.digest) is None
-    assert find(store, young.kind, young.digest)
-
-
-def test_gc_of_killed_attempts(tmp_path):
-    """Files that no manifest names go when they are old, also those of a stage that is kept."""
-    spec = spec_of()
-    store = open_store(spec.storage)
-    nodes = graph(spec, ask(spec))
-    root = tmp_path / "storage"
-    complete, never = nodes["mix"].stage, nodes["finetune"].stage
-    make(store, complete)
-    left = [Attempt(store, complete), Attempt(store, never), Attempt(store, complete)]
-    for attempt in left:
-        attempt.put("model.safetensors", b"half")
-    age(root / "stages", 10)
-    store.put(f"{left[2].folder}/young", b"")
-    collect = Gc(keep_days=7, dry_run=False)
-    assert do(collect, spec.storage) == "1 files of 1 stages deleted, 4 bytes"
-    assert list(store.list(f"stages/{never.kind}/{never.digest}")) == []
-    age(root / "stages", 10)
-    assert do(collect, spec.storage) == "3 files of 1 stages deleted, 8 bytes"
-    find(store, complete.kind, complete.digest).verify()

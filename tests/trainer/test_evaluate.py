@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from btx_api.artifact import HISTORY, Maker
-from btx_api.spec import Precision, Scheduling, Storage
+from btx_api.spec import Precision, Scheduling, Source, SourceFormat, Storage, TaskKind
 from btx_api.stage import (
     Content,
     EvaluatedDomain,
     EvaluatedModel,
+    EvaluatedTask,
     EvaluateRecipe,
     Input,
     Kind,
@@ -30,9 +31,10 @@ from btx_api.stage import (
     recipe_of,
 )
 from btx_trainer import shards
+from btx_trainer.analysis import BINS
 from btx_trainer.artifacts import Artifact, Attempt, Outside
 from btx_trainer.errors import ConfigurationError, PreemptedError, TrainerError
-from btx_trainer.fingerprint import fingerprint_model
+from btx_trainer.fingerprint import fingerprint_model, fingerprint_sources
 from btx_trainer.model import load_model, new_model, save_model
 from btx_trainer.scores import Report
 from btx_trainer.stages import evaluate
@@ -121,6 +123,15 @@ class Run:
         self.folders[name] = artifact.fetch()
         self.inputs.append(artifact)
         self.stage_inputs.append(Output(digest=stage.digest))
+
+    def add_task(self, path: Path) -> EvaluatedTask:
+        """A file of questions, as the last input."""
+        sources = (Source(uri=f"file://{path}", format=SourceFormat.JSONL),)
+        found = fingerprint_sources(sources, self.storage)
+        place = Location(sources=sources)
+        self.inputs.append(Outside(location=place, fingerprint=found, storage=self.storage))
+        self.stage_inputs.append(Content(fingerprint=found))
+        return EvaluatedTask(name=path.stem, input=len(self.inputs) - 1)
 
     def recipe(self, **changes: object) -> EvaluateRecipe:
         return EvaluateRecipe(
@@ -319,6 +330,100 @@ def test_histories_lineage_and_deviations_of_the_inputs_are_in_the_report(
     assert set(made.metrics) == {"mean_seed", "mean_soup", "mean_mixed", "mean_final"}
     assert made.metrics["mean_final"] == report.result.mean_loss
     assert set(files) == {"report.json", "report.html", "README.md", "summary.txt"}
+
+
+def changed_run(run: Run, folder: Path) -> Run:
+    """The same inputs; what is added to it stays its own."""
+    made = Run(folder)
+    made.store, made.folders = run.store, run.folders
+    made.inputs, made.stage_inputs = list(run.inputs), list(run.stage_inputs)
+    return made
+
+
+def test_tasks_are_further_columns(run: Run, tmp_path: Path) -> None:
+    """Every model on both kinds; the routing of the mixed ones; nothing else of the report moves."""
+    changed = changed_run(run, tmp_path)
+    choices, sums = [{"question": "1+1=", "choices": ["2", "3"], "answer": 0}] * 3, []
+    for i in range(5):
+        sums.append({"question": f"{i}+1=", "answer": str(i + 1)})
+    for name, records in (("pick", choices), ("write", sums)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    pick, write = (changed.add_task(tmp_path / f"{name}.jsonl") for name in ("pick", "write"))
+    exact = {"kind": TaskKind.EXACT_MATCH, "max_new_tokens": 3, "shots": 2}
+    asked = (pick, write.model_copy(update=exact))
+
+    seen: list[Progress] = []
+    work = changed.work(tmp_path, run.recipe(questions=asked))
+    report = evaluated(replace(work, publish=seen.append))[1]
+
+    assert [(t.name, t.kind, t.questions, t.shots, t.chance) for t in report.tasks] == [
+        ("pick", "MultipleChoice", 3, 0, 0.5), ("write", "ExactMatch", 3, 2, None),
+    ]  # fmt: skip
+    assert all(set(row.tasks) == {"pick", "write"} for row in report.models)
+    # The same question three times: all right or all wrong.
+    assert {row.tasks["pick"].accuracy for row in report.models} <= {0, 1}
+    for table in report.routing:
+        rows = [row for layers in table.tasks.values() for row in layers]
+        assert list(table.tasks) == ["pick", "write"]
+        assert len(rows) == 4
+        assert all(sum(row) == pytest.approx(1, abs=1e-5) for row in rows)
+    assert report.tasks[0].origin == f"content/{changed.stage_inputs[pick.input].fingerprint}"  # type: ignore[union-attr]  # of outside
+    assert seen[-1].step == seen[-1].steps > 0
+    (tmp_path / "pick.jsonl").write_text(json.dumps(choices[0]))
+    with pytest.raises(ConfigurationError, match="input changed since preflight"):
+        evaluate.run(changed.work(tmp_path, run.recipe(questions=asked)))
+
+
+@torch.no_grad()
+def test_histograms_and_excerpts_are_those_of_the_stock_routers(
+    run: Run, outcome: Evaluated
+) -> None:
+    """Probabilities by layer, expert and bin; the first tokens with their likeliest experts."""
+    model = AutoModelForCausalLM.from_pretrained(run.folders["final"], dtype=torch.float32)
+    table = next(table for table in outcome[1].routing if table.role == "final")
+    expected = torch.zeros(2, 3, BINS)
+    for name in TEXTS:
+        counts = torch.zeros(2, 3, BINS)
+        first: list[list[int]] = []
+        for piece in pieces(name, 260):
+            out = model(torch.tensor([piece[:-1]]), output_router_logits=True)
+            for layer, logits in enumerate(out.router_logits):
+                for expert, values in enumerate(logits.softmax(-1).T):
+                    counts[layer, expert] += torch.histc(values, BINS, 0, 1)
+            first = first or [logits.argmax(-1).tolist() for logits in out.router_logits]
+        expected += counts / counts.sum(-1, keepdim=True) / len(TEXTS)
+        shown = table.excerpts[name]
+        assert shown.layers == (0, 1)
+        # The text begins with its first document; another one follows where that is short.
+        text = TEXTS[name][0].encode()[: len(shown.tokens)].decode()
+        assert "".join(shown.tokens).startswith(text)
+        for experts, likeliest in zip(shown.experts, first, strict=True):
+            assert list(experts[: len(text)]) == likeliest[: len(text)]
+    found = torch.tensor(table.histograms)
+    assert torch.allclose(found, expected, atol=2e-5)
+    assert torch.allclose(found.sum(-1), torch.ones(2, 3), atol=2e-4)
+
+
+def test_a_domain_no_model_has_read_is_untrained(run: Run, tmp_path: Path) -> None:
+    """By the inputs of the models' own stages; general is the seed's, an expert's is trained on."""
+    changed = changed_run(run, tmp_path)
+    columns = list(run.recipe().columns)
+    for name in ("read", "unread"):
+        prepare(tmp_path / name, TEXTS["general"])
+        changed.add(Kind.PREPARE, f"data-{name}", tmp_path / name)
+        columns.append(EvaluatedDomain(name=name, input=len(changed.inputs) - 1))
+    final = run.recipe().models[-1].input
+    stage = changed.inputs[final].manifest.stage  # type: ignore[union-attr]  # an artifact
+    read = changed.stage_inputs[columns[-2].input]
+    manifest = changed.inputs[final].manifest.model_copy(  # type: ignore[union-attr]  # likewise
+        update={"stage": stage.model_copy(update={"inputs": (read,)})}
+    )
+    changed.inputs[final] = replace(changed.inputs[final], manifest=manifest)
+
+    report = evaluated(changed.work(tmp_path, run.recipe(columns=tuple(columns))))[1]
+
+    assert [d.name for d in report.domains] == ["code", "math", "general", "read", "unread"]
+    assert [d.name for d in report.domains if d.untrained] == ["unread"]
 
 
 def test_the_same_inputs_give_the_same_bytes(run: Run, outcome: Evaluated, tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ from copy import deepcopy
 
 import pytest
 from btx_trainer.families import (
-    FAMILIES,
-    METADATA,
     Copy,
     FamilyError,
     Mean,
     Normal,
+    Stack,
     TensorSpec,
     average_plan,
     check_dtypes,
@@ -25,9 +24,11 @@ from btx_trainer.families import (
     mixed_config,
     read_config,
 )
-from transformers import LlamaConfig, MistralConfig, MixtralConfig, PreTrainedConfig
+from btx_trainer.family_table import FAMILIES, METADATA
+from dense import TARGETS
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-STOCK = {"llama": LlamaConfig, "mistral": MistralConfig}
 TINY = {
     "model_type": "llama",
     "vocab_size": 64,
@@ -49,22 +50,28 @@ def mixed(config, experts=3):
     return mixed_config(dense, tensors_of(dense), experts=experts, top_k=2)
 
 
-def own_fields(cls):
+def own_fields(model_type):
     inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    return {f.name: f.default for f in dataclasses.fields(cls) if f.name not in inherited}
+    fields = dataclasses.fields(CONFIG_MAPPING[model_type])
+    return {f.name: f.default for f in fields if f.name not in inherited}
+
+
+def test_table_has_the_families_that_are_served():
+    """Seven dense families, and what each becomes."""
+    assert {name: row.target.fields["model_type"] for name, row in FAMILIES.items()} == TARGETS
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_table_knows_every_field_of_the_stock_class(model_type):
     """Each field of the stock dense config is known, and carried fields have its default."""
     family = FAMILIES[model_type]
-    for name, default in own_fields(STOCK[model_type]).items():
+    for name, default in own_fields(model_type).items():
         if name in family.defaults:
             assert family.defaults[name] == default, name
         elif name in family.required:
             assert family.required[name] == default, name
         else:
-            assert name in METADATA or name == "rope_parameters", name
+            assert name in {*METADATA, *family.inert, "rope_parameters"}, name
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -72,18 +79,40 @@ def test_nothing_is_left_to_the_targets_default(model_type):
     """Every field of the stock target config is written out."""
     config = mixed({"model_type": model_type, "rope_theta": 12345.0})
 
-    assert own_fields(MixtralConfig).keys() <= config.keys()
-    assert config["architectures"] == ["MixtralForCausalLM"]
-    assert config["model_type"] == "mixtral"
+    target = TARGETS[model_type]
+    assert own_fields(target).keys() <= config.keys()
+    assert config["architectures"] == [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[target]]
+    assert config["model_type"] == target
     assert config["dtype"] == "bfloat16"
-    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (3, 2)
+    stock = CONFIG_MAPPING[target](**deepcopy(config))
+    count = "num_local_experts" if target in ("mixtral", "granitemoe") else "num_experts"
+    assert (getattr(stock, count), stock.num_experts_per_tok) == (3, 2)
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 12345.0
-    assert (config["output_router_logits"], config["router_jitter_noise"]) == (False, 0.0)
+    assert config["output_router_logits"] is False
+    # Weights of the top k that do not sum to 1 would be another function.
+    assert config.get("norm_topk_prob", True) is True
+    if "moe_intermediate_size" in config:
+        assert config["moe_intermediate_size"] == config["intermediate_size"]
+        assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, [])
 
 
+MULTIPLIERS = {"embedding_multiplier": 12.0, "attention_multiplier": 0.0078125,
+               "residual_multiplier": 0.22, "logits_scaling": 16}  # fmt: skip
 CONFIGS = [
-    {"model_type": "llama"},
-    {"model_type": "mistral"},
+    *({"model_type": model_type} for model_type in FAMILIES),
+    *({**TINY, "model_type": model_type, "tie_word_embeddings": True, "pad_token_id": None,
+       "rope_theta": 5e5, "rms_norm_eps": 3e-3, "head_dim": 12} for model_type in FAMILIES),
+    *({**TINY, "model_type": model_type, "rope_theta": 5e5,
+       "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+      for model_type in FAMILIES if model_type != "phi3"),
+    {**TINY, "model_type": "phi3", "rope_scaling": None, "sliding_window": 2047, "resid_pdrop": 0.0,
+     "original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0},
+    {**TINY, "model_type": "qwen2", "sliding_window": 131072, "max_window_layers": 1,
+     "use_sliding_window": False},
+    {**TINY, "model_type": "qwen3", "attention_bias": True, "head_dim": 128,
+     "layer_types": ["full_attention"] * 2},
+    {**TINY, "model_type": "olmo2", "attention_bias": True},
+    {**TINY, "model_type": "granite", **MULTIPLIERS},
     {"model_type": "mistral", "sliding_window": None},
     {**TINY, "rope_theta": 12345},
     {**TINY, "num_key_value_heads": None},
@@ -104,21 +133,27 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_stock_target_reads_what_the_stock_dense_model_reads(config):
     """Values of the stock dense config, given or defaulted, are those of the stock target."""
-    dense = STOCK[config["model_type"]](**deepcopy(config))  # stock fills the rope dict in place
-    dense.rope_parameters.pop("type", None)  # the old name, kept by stock beside the new one
-    target = MixtralConfig(**mixed(config))
+    family, target = config["model_type"], TARGETS[config["model_type"]]
+    dense = CONFIG_MAPPING[family](**deepcopy(config))  # stock fills the rope dict in place
+    for name in ("type", "partial_rotary_factor"):  # the first is an old name, the second is 1
+        dense.rope_parameters.pop(name, None)
+    stock = CONFIG_MAPPING[target](**mixed(config))
 
-    shared = (own_fields(MixtralConfig).keys() & own_fields(type(dense))) - {"use_cache"}
-    assert len(shared) >= 17
-    for name in shared:
-        assert getattr(target, name) == getattr(dense, name), name
-    assert target.sliding_window == getattr(dense, "sliding_window", None)
+    names = own_fields(target).keys() & own_fields(family)
+    names -= FAMILIES[family].inert | {"use_cache"}
+    assert len(names) >= 15
+    for name in names:
+        assert getattr(stock, name) == getattr(dense, name), name
+    assert not (getattr(dense, "sliding_window", None) and not stock.sliding_window)
+    heads = dense.hidden_size // dense.num_attention_heads
+    assert stock.head_dim == (getattr(dense, "head_dim", None) or heads)
+    assert not getattr(stock, "use_sliding_window", False)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_config_saved_again_by_stock_is_no_difference(config):
     """A member trained from the seed has the config that stock wrote: known, and the same."""
-    stock = STOCK[config["model_type"]](**deepcopy(config))
+    stock = CONFIG_MAPPING[config["model_type"]](**deepcopy(config))
     saved = json.loads(stock.to_json_string())
 
     check_member(read_config(config, "seed"), read_config(saved, "member"), "member")
@@ -127,11 +162,30 @@ def test_config_saved_again_by_stock_is_no_difference(config):
 @pytest.mark.parametrize(
     ("change", "field", "words"),
     [
-        ({"model_type": "gemma2"}, "model_type",
-         "seed config.json: model_type 'gemma2' is not supported (supported: llama, mistral)"),
+        *(({"model_type": name}, "model_type", f"seed config.json: model_type {name!r} is not"
+           " supported (supported: llama, mistral, phi3, qwen3, qwen2, olmo2, granite)")
+          for name in ("gemma2", "gemma3_text", "olmo", "olmo3", "smollm3", "arcee", "gpt_neox",
+                       "phi", "gpt2", "mixtral", "qwen3_moe", "granitemoe", "cohere2")),
         ({"model_type": None}, "model_type", "model_type None is not supported"),
-        ({"query_pre_attn_scalar": 7}, "query_pre_attn_scalar", "'query_pre_attn_scalar' is unkn"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "unknown for model_type 'llama'"),
+        ({"query_pre_attn_scalar": 7}, "query_pre_attn_scalar",
+         "'query_pre_attn_scalar' is unknown for model_type 'llama' (it is 7)"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "is 0.5, only 1.0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}},
+         "rope_parameters.partial_rotary_factor", "is 0.5, only 1.0 can be mixed"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "partial_rotary_factor", "is 0.75"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "long_factor": [1.0]}},
+         "rope_scaling.rope_type", "'longrope' is not supported (supported: default)"),
+        ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop", "is 0.1, only 0.0"),
+        ({"model_type": "phi3", "attention_bias": True}, "attention_bias", "is True, only False"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window", "is True, only"),
+        ({"model_type": "qwen2", "use_mrope": True}, "use_mrope", "is True, only False"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
+         "layer_types", "layer_types has 'sliding_attention', only 'full_attention' can be mixed"),
+        ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv", "unknown for model_type 'olmo2'"),
+        ({"model_type": "olmo2", "layer_types": None}, "layer_types", "unknown"),
+        ({"model_type": "granite", "mlp_bias": True}, "mlp_bias", "is True, only False"),
+        ({"model_type": "granite", "shared_intermediate_size": 8}, "shared_intermediate_size",
+         "unknown for model_type 'granite' (it is 8)"),
         ({"quantization_config": {}}, "quantization_config", "unknown"),
         ({"sliding_window": 32}, "sliding_window", "unknown"),
         ({"mlp_bias": True}, "mlp_bias", "mlp_bias is True, only False can be mixed"),
@@ -173,15 +227,16 @@ def test_config_that_does_not_map_is_refused(change, field, words):
         ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rope_parameters.rope_type",
          "rope_parameters.rope_type is 'linear', the seed's is 'default'"),
         ({"model_type": "mistral"}, "model_type", "model_type is 'mistral', the seed's is 'llama'"),
+        ({"model_type": "gpt2"}, "model_type", "model_type is 'gpt2', the seed's is 'llama'"),
     ],
     ids=str,
 )  # fmt: skip
 def test_member_with_another_architecture_is_refused(change, field, message):
     """A member that differs from the seed is refused naming the first field and both values."""
     seed = read_config(TINY, "seed")
-    member = read_config({**TINY, **change}, "experts.code")
 
     with pytest.raises(FamilyError) as caught:
+        member = read_config({**TINY, **change}, "experts.code", seed)
         check_member(seed, member, "experts.code")
 
     assert caught.value.field == field
@@ -249,9 +304,40 @@ def test_plan_takes_experts_in_the_given_order_and_the_seed_last():
     assert len(plan) == len(means) + 2 * (1 + 3 * 3)
 
 
-def test_average_is_dense_and_keeps_weights():
+def test_fused_tensors_are_cut_and_joined_by_rows():
+    """Phi-3's fused projections become separate ones; Granite's experts become one tensor."""
+    phi = read_config({**TINY, "model_type": "phi3"}, "seed")
+    plan = {t.name: t for t in mix_plan(phi, tensors_of(phi), [1.0] * 2, Normal(std=0.0, seed=1))}
+    qkv, gate_up = "self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight"
+    for name, source, rows in [
+        ("self_attn.q_proj.weight", qkv, (0, 32)), ("self_attn.k_proj.weight", qkv, (32, 48)),
+        ("self_attn.v_proj.weight", qkv, (48, 64)),
+        ("block_sparse_moe.experts.1.w1.weight", gate_up, (0, 48)),
+        ("block_sparse_moe.experts.1.w3.weight", gate_up, (48, 96)),
+    ]:  # fmt: skip
+        planned = plan[f"model.layers.1.{name}"]
+        assert (planned.op.name, planned.op.rows) == (f"model.layers.1.{source}", rows)
+        assert planned.spec.shape == (rows[1] - rows[0], 32)
+    assert not any("qkv_proj" in name or "gate_up_proj" in name for name in plan)
+
+    granite = read_config({**TINY, "model_type": "granite"}, "seed")
+    router = Normal(std=0.0, seed=1)
+    plan = {t.name: t for t in mix_plan(granite, tensors_of(granite), [1.0] * 2, router)}
+    both = plan["model.layers.1.block_sparse_moe.input_linear.weight"]
+    assert both.spec.shape == (2, 96, 32)
+    assert both.op == Stack(
+        parts=tuple(Copy(model=expert, name=f"model.layers.1.mlp.{name}_proj.weight")
+                    for expert in range(2) for name in ("gate", "up")),
+        shape=(48, 32),
+    )  # fmt: skip
+    assert plan["model.layers.1.block_sparse_moe.output_linear.weight"].spec.shape == (2, 32, 48)
+    assert plan["model.layers.1.block_sparse_moe.router.layer.weight"].op == router
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_average_is_dense_and_keeps_weights(model_type):
     """An average has the seed's tensors, each a mean with the given weights."""
-    dense = read_config(TINY, "seed")
+    dense = read_config({**TINY, "model_type": model_type}, "seed")
     plan = average_plan(dense, tensors_of(dense), [0.5, 0.25, 0.25])
 
     assert [t.name for t in plan] == list(dense.shapes())

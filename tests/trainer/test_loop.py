@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,12 @@ from btx_api.artifact import HISTORY, checkpoints_folder
 from btx_api.spec import Optimizer, Routing, Trainable
 from btx_api.stage import FinetuneRecipe, Progress, Task, TrainRecipe
 from btx_trainer import loop, optim
-from btx_trainer.checkpoint import Checkpoints
+from btx_trainer.checkpoint import Checkpoint, Checkpoints
 from btx_trainer.errors import ConfigurationError, PreemptedError, TrainerError
 from btx_trainer.model import load_model
+from btx_trainer.ranks import Ranks
 from btx_trainer.stages import finetune, train
+from btx_trainer.storage import Sink
 from btx_trainer.tokenizer import EOS
 from btx_trainer.work import Made, Work
 from safetensors.torch import load, load_file
@@ -358,6 +361,37 @@ def test_a_killed_stage_ends_in_the_same_bits(
     assert_same(studio, case, result, work)
 
 
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_stage(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line in the log, then the next interval's is written, and the stage ends as ever."""
+    task = task_of(studio, "train", checkpoint_seconds=1)
+    work = studio.work(task)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    save, sink = Checkpoints.save, work.store.sink
+    committed: list[tuple[int, int]] = []
+
+    def patient(self: Checkpoints, checkpoint: Checkpoint) -> None:
+        save(self, checkpoint)
+        futures.wait([self._writing])  # type: ignore[list-item]
+        committed.append((checkpoint.step, self.committed[0]))
+
+    def full(key: str) -> Sink:
+        if "/checkpoints/3-" in key or "/checkpoints/4-" in key:
+            raise OSError(28, "No space left", key)
+        return sink(key)
+
+    monkeypatch.setattr(Checkpoints, "save", patient)
+    monkeypatch.setattr(work.store, "sink", full)
+    result = run(work)
+    monkeypatch.undo()
+    assert committed == [(s, s if s not in (3, 4) else 2) for s in range(1, 11)]
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [
+        "a checkpoint could not be written"
+    ] * 2
+    assert_same(studio, "train", result, work)
+
+
 # Errors.
 
 
@@ -414,7 +448,7 @@ def test_clipping_limits_the_global_norm(clip: float, length: float) -> None:
     optimizer = torch.optim.SGD(model.parameters())
     for parameter, gradient in zip(model, (3.0, 4.0), strict=True):
         parameter.grad = torch.tensor([gradient])
-    norm = optim.gradient_norm(optimizer)
+    norm = optim.gradient_norm(optimizer, Ranks())
     optim.update(optimizer, 1.0, norm, clip)
     assert norm.item() == pytest.approx(5)
     assert math.hypot(*(p.item() for p in model)) == pytest.approx(length, rel=1e-5)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from btx_api.spec import Trainable
+from btx_api.spec import Routing, Trainable
 from btx_trainer import routing
 from btx_trainer.errors import ConfigurationError
 from btx_trainer.model import (
@@ -17,22 +17,21 @@ from btx_trainer.model import (
     parameter_groups,
     save_model,
 )
+from dense import LAYERS, OWN, TARGETS, VOCABULARY, dense_config, moe_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import SMALL
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
+from transformers import AutoModelForCausalLM
 
-EXPERTS, LAYERS, VOCABULARY = 4, 2, 64
-SIZES = SMALL | {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS}
-WINDOW = 6
+EXPERTS, WINDOW = 4, 6
+MOES = sorted(set(TARGETS.values()))
 FAMILIES = {
-    "Llama": LlamaConfig(**SIZES),
-    "Llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "Mistral": MistralConfig(**SIZES, sliding_window=None),
-    "Mistral, window": MistralConfig(**SIZES, sliding_window=WINDOW),
-    "Mixtral": MixtralConfig(**SIZES, num_local_experts=EXPERTS),
-    "Mixtral, window": MixtralConfig(**SIZES, num_local_experts=EXPERTS, sliding_window=WINDOW),
+    **{family: dense_config(family) for family in OWN},
+    "llama, tied": dense_config("llama", tie_word_embeddings=True),
+    "mistral, window": dense_config("mistral", sliding_window=WINDOW),
+    "phi3, window": dense_config("phi3", sliding_window=WINDOW),
+    **{target: moe_config(target, EXPERTS) for target in MOES},
+    "mixtral, window": moe_config("mixtral", EXPERTS, sliding_window=WINDOW),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -55,7 +54,7 @@ def tolerance(logits):
 @pytest.fixture
 def saved(tmp_path):
     """A folder with a small Mixtral in it."""
-    save_model(new_model(FAMILIES["Mixtral"], 0), tmp_path, torch.float32)
+    save_model(new_model(FAMILIES["mixtral"], 0), tmp_path, torch.float32)
     return tmp_path
 
 
@@ -153,7 +152,7 @@ def test_a_mixtral_has_the_names_that_other_tools_read(saved):
 
 def test_files_have_the_dtype_asked_for_and_the_same_bytes_every_time(tmp_path):
     """Two saves in bf16 are equal byte for byte, and config and tensors, routers too, say bf16."""
-    model = new_model(FAMILIES["Mixtral"], 0)
+    model = new_model(FAMILIES["mixtral"], 0)
     routing.install(model, routing.TopK(EXPERTS, 2))
     files = save_model(model, tmp_path / "a", torch.bfloat16)
     assert files == ["config.json", "generation_config.json", "model.safetensors"]
@@ -170,19 +169,25 @@ def test_files_have_the_dtype_asked_for_and_the_same_bytes_every_time(tmp_path):
 
 def test_a_tied_head_is_written_once(tmp_path):
     """A model with tied embeddings has no lm_head on disk and is tied when it comes back."""
-    save_model(new_model(FAMILIES["Llama, tied"], 0), tmp_path, torch.float32)
+    save_model(new_model(FAMILIES["llama, tied"], 0), tmp_path, torch.float32)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     loaded = load_model(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
-@pytest.mark.parametrize(
-    "rule", [routing.TopK(EXPERTS, 2), routing.TopK(EXPERTS, 3), routing.Soft(EXPERTS)]
-)
-def test_stock_code_gives_our_logits(tmp_path, rule, implementation):
+@pytest.mark.parametrize("method", ["TopK 2", "TopK 3", "Soft"])
+@pytest.mark.parametrize("target", MOES)
+def test_stock_code_gives_our_logits(tmp_path, target, method, implementation):
     """Exported means that the stock model, loaded by stock code, agrees with our inference."""
-    save_model(new_model(FAMILIES["Mixtral"], 0), tmp_path / "mixed", torch.float32)
+    name, _, k = method.partition(" ")
+    asked = Routing(method=name, **({"k": int(k)} if k else {}))
+    rule = routing.rule_for(asked, EXPERTS, target)
+    # As a config that somebody else wrote may have it: the rule's export must say otherwise.
+    config = moe_config(target, EXPERTS, num_experts_per_tok=1)
+    if hasattr(config, "norm_topk_prob"):
+        config.norm_topk_prob = False
+    save_model(new_model(config, 0), tmp_path / "mixed", torch.float32)
     ours = load_model(tmp_path / "mixed", experts_implementation=implementation).eval()
     routing.install(ours, rule)
     save_model(ours, tmp_path / "final", torch.float32)
@@ -201,7 +206,7 @@ def test_a_new_model_is_a_function_of_config_and_seed():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, same, other = (new_model(FAMILIES["Llama"], seed) for seed in (1, 1, 2))
+    first, same, other = (new_model(FAMILIES["llama"], seed) for seed in (1, 1, 2))
     assert torch.equal(torch.rand(1), expected)
     weight = first.model.layers[0].mlp.up_proj.weight
     assert torch.equal(weight, same.model.layers[0].mlp.up_proj.weight)
@@ -291,10 +296,11 @@ def test_bf16_logits_are_summed_in_fp32():
     torch.testing.assert_close(total, F.cross_entropy(logits, labels, reduction="sum"))
 
 
+@pytest.mark.parametrize("target", MOES)
 @pytest.mark.parametrize("scope", Trainable)
-def test_frozen_tensors_stay_bit_identical(scope):
+def test_frozen_tensors_stay_bit_identical(scope, target):
     """Identity 11: AdamW with weight decay changes what is in the scope and nothing else."""
-    model = new_model(FAMILIES["Mixtral"], 0)
+    model = new_model(FAMILIES[target], 0)
     routing.install(model, routing.TopK(EXPERTS, 2))
     freeze(model, scope)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -306,8 +312,10 @@ def test_frozen_tensors_stay_bit_identical(scope):
     changed = {
         name for name, value in model.named_parameters() if not torch.equal(value, before[name])
     }
-    routers = {name for name in before if name.endswith("mlp.gate.weight")}
-    experts = {name for name in before if ".mlp.experts." in name}
+    router = "block_sparse_moe.router" if target == "granitemoe" else "mlp.gate"
+    routers = {name for name in before if name.endswith(f".{router}.weight")}
+    block = router.split(".", maxsplit=1)[0]
+    experts = {name for name in before if f".{block}.experts." in name}
     assert len(routers) == LAYERS
     assert len(experts) == 2 * LAYERS
     assert (
@@ -322,7 +330,7 @@ def test_frozen_tensors_stay_bit_identical(scope):
 
 def test_matrices_decay_and_norms_do_not():
     """Each parameter is in one group; only vectors are spared, experts and routers are not."""
-    model = new_model(FAMILIES["Mixtral"], 0)
+    model = new_model(FAMILIES["mixtral"], 0)
     decayed, spared = parameter_groups(model, weight_decay=0.1)
     names = {id(value): name for name, value in model.named_parameters()}
     assert {names.pop(id(p)) for p in spared["params"]} == {

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from btx_api.stage import EvaluatedDomain, EvaluatedModel, EvaluateRecipe
+from btx_trainer.analysis import BINS, Excerpt, Slots
 from btx_trainer.report import card, compare, render, sentences, text_table, title
-from btx_trainer.scores import CURVE_POINTS, Measured, Report, Slots, Sums, curve, tabulate
+from btx_trainer.scores import CURVE_POINTS, Measured, Report, Sums, curve, tabulate
 from playwright.sync_api import Browser, sync_playwright
 
 NAMES = ("code", "prose", "math")
@@ -51,6 +52,10 @@ def history(start: float, end: float, steps: int) -> str:
 def measured(losses: Sequence[float], shares: Mapping[str, Sequence[float]] | None) -> Measured:
     """A model with these losses and, in every one of four layers, these shares."""
     counts = {name: [[1000 * s for s in row]] * 4 for name, row in (shares or {}).items()}
+    bins = [[[i % 5 for i in range(BINS)]] * 4] * 4
+    shown = Excerpt(
+        layers=(0, 2, 3), tokens=tuple("def f(x):\n  pass"), experts=(tuple([0, 1, 2, 3] * 4),) * 3
+    )
     return Measured(
         sums={
             name: Sums(loss=loss * 40_000, tokens=40_000, bytes=39_600)
@@ -58,7 +63,15 @@ def measured(losses: Sequence[float], shares: Mapping[str, Sequence[float]] | No
         },
         parameters=2_400_000 if shares else 770_000,
         active=1_300_000 if shares else 770_000,
-        slots=Slots(k=2, unit="slots", counts=counts) if shares else None,
+        slots=Slots(
+            k=2,
+            unit="slots",
+            counts=counts,
+            histograms=dict.fromkeys(counts, bins),
+            excerpts=dict.fromkeys(counts, shown),
+        )
+        if shares
+        else None,
     )
 
 
@@ -394,6 +407,7 @@ def test_chromium_shows_table_curves_and_heatmaps(
     view.goto((tmp_path / "report.html").as_uri())
     view.wait_for_load_state("networkidle")
 
+    view.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     assert errors == []
     assert requests == [(tmp_path / "report.html").as_uri()]
     table = view.locator("table").first
@@ -404,6 +418,8 @@ def test_chromium_shows_table_curves_and_heatmaps(
         ("Training loss over tokens", 2),
         ("Share of slots by layer and expert, mixed model", 1),
         ("Share of slots by layer and expert, final model", 1),
+        ("Load, entropy and distance by layer, final model", 1),
+        ("Routing probability by layer and expert, final model", 1),
     ):
         plots = view.get_by_role("img", name=label)
         assert plots.count() == number, label
@@ -415,9 +431,15 @@ def test_chromium_shows_table_curves_and_heatmaps(
     heat = view.get_by_role("img", name="Share of slots by layer and expert, final model")
     assert heat.locator("image").count() == 3
     assert heat.get_by_text("46", exact=True).count() == 4
+    tokens = view.locator(".excerpt span[title=code]")
+    colours = [found.evaluate("e => getComputedStyle(e).backgroundColor") for found in tokens.all()]
+    assert len(colours) > 20 and len(set(colours)) == 1
     assert view.evaluate("document.documentElement.scrollWidth") <= 1100
     target = Path(__file__).parents[2] / "build/test-artifacts"
     target.mkdir(parents=True, exist_ok=True)
     name = "report.png" if scheme == "light" else "report-dark.png"
     view.screenshot(path=str(target / name), full_page=True)
+    view.set_viewport_size({"width": 390, "height": 800})
+    assert view.evaluate("document.documentElement.scrollWidth") <= 390
+    view.screenshot(path=str(target / name.replace("report", "report-narrow")), full_page=True)
     view.close()

@@ -8,21 +8,20 @@ import torch
 from btx_api.spec import Routing, RoutingMethod
 from btx_trainer import routing
 from btx_trainer.errors import ConfigurationError
-from btx_trainer.model import chunked_cross_entropy, forward_hidden, new_model
-from tiny import SMALL
-from transformers import LlamaConfig, MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import (
-    MixtralTopKRouter,
-    load_balancing_loss_func,
-)
+from btx_trainer.families import Normal, mix_plan, mixed_config, read_config
+from btx_trainer.model import chunked_cross_entropy, forward_hidden, load_model, new_model
+from btx_trainer.weights import LocalFolder, open_checkpoint, write_plan
+from dense import OWN, TARGETS, VOCABULARY, dense_config, moe_config, write_dense
+from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeTopKRouter
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-EXPERTS, LAYERS, VOCABULARY, LENGTH = 4, 3, 64, 24
-SIZES = SMALL | {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS}
+EXPERTS, LAYERS, LENGTH = 4, 3, 24
+every_target = pytest.mark.parametrize("target", sorted(set(TARGETS.values())))
 
 
-def mixtral(k=2, seed=0, experts_implementation="grouped_mm"):
-    """A random MoE in training mode."""
-    config = MixtralConfig(**SIZES, num_local_experts=EXPERTS, num_experts_per_tok=k)
+def moe(k=2, seed=0, experts_implementation="grouped_mm", target="mixtral"):
+    """A random MoE in training mode, a Mixtral unless told otherwise."""
+    config = moe_config(target, EXPERTS, num_hidden_layers=LAYERS, num_experts_per_tok=k)
     config._experts_implementation = experts_implementation
     return new_model(config, seed).train()
 
@@ -81,7 +80,7 @@ def test_topk_is_the_softmax_over_the_kept_logits():
 def test_soft_weighs_every_expert_by_the_full_softmax():
     """Soft's weights, put in the order of the experts, are the softmax itself."""
     logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    gates = routing.rule_for(Routing(method=RoutingMethod.SOFT), 6).infer(logits)
+    gates = routing.rule_for(Routing(method=RoutingMethod.SOFT), 6, "mixtral").infer(logits)
     weights = torch.zeros(50, 6).scatter(-1, gates.experts, gates.weights)
     torch.testing.assert_close(weights, logits.softmax(-1))
 
@@ -103,21 +102,45 @@ def test_a_bad_k_is_refused_naming_the_field(k, message):
 
 def test_a_model_without_routers_is_refused():
     """A rule cannot be installed in a dense model."""
-    dense = new_model(LlamaConfig(**SIZES), 0)
+    dense = new_model(dense_config("llama", num_hidden_layers=LAYERS), 0)
     with pytest.raises(ConfigurationError, match=r"llama: .* no router"):
         routing.install(dense, routing.TopK(EXPERTS, 2))
 
 
 def test_export_gives_stock_fields_or_the_reason():
-    """TopK and Soft export as Mixtral's top-k; another family gets a sentence."""
+    """TopK and Soft export as stock top-k, renormalised; another family gets a sentence."""
     assert routing.TopK(EXPERTS, 3).export("mixtral") == {"num_experts_per_tok": 3}
-    assert routing.Soft(EXPERTS).export("mixtral") == {"num_experts_per_tok": EXPERTS}
-    assert "no stock router" in routing.TopK(EXPERTS, 3).export("qwen2_moe")
+    assert routing.Soft(EXPERTS).export("granitemoe") == {"num_experts_per_tok": EXPERTS}
+    for family in ("qwen2_moe", "qwen3_moe", "flex_olmo"):
+        fields = routing.Soft(EXPERTS).export(family)
+        assert fields == {"num_experts_per_tok": EXPERTS, "norm_topk_prob": True}
+    assert "no stock router" in routing.TopK(EXPERTS, 3).export("phimoe")
 
 
-def test_installing_changes_no_parameter_and_removing_gives_stock_back():
+def test_experts_that_rounding_ties_are_chosen_as_stock_chooses():
+    """Granite compares logits, which differ where their probabilities no longer do."""
+    logits = torch.tensor([[0.1, 0.1, 0.1, 9.0], [0.1, 0.1, 0.1, 9.0]])
+    logits[0, 2] = torch.nextafter(logits[0, 2], torch.tensor(1.0))
+    logits[1, 1] = torch.nextafter(logits[1, 1], torch.tensor(1.0))
+    config = moe_config("granitemoe", EXPERTS, hidden_size=EXPERTS)
+    stock = GraniteMoeTopKRouter(config)
+    stock.weight.data = torch.eye(EXPERTS)
+
+    chosen = stock(logits)[2]
+    assert chosen.tolist() == [[3, 2], [3, 1]]
+    asked = Routing(method=RoutingMethod.TOP_K, k=2)
+    by_logits = routing.rule_for(asked, EXPERTS, "granitemoe")
+    assert torch.equal(by_logits.infer(logits).experts, chosen)
+    by_probability = routing.rule_for(asked, EXPERTS, "mixtral")
+    assert not torch.equal(by_probability.infer(logits).experts, chosen)
+
+
+@every_target
+def test_installing_changes_no_parameter_and_removing_gives_stock_back(target):
     """Names, weights and logits survive install and remove, and the config follows the rule."""
-    model = mixtral(k=3)
+    model = moe(k=3, target=target)
+    stock = {name: type(module) for name, module in model.named_modules()}
+    assert routing.count_experts(model) == EXPERTS
     ids, positions = tokens()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = logits_of(model, ids, positions)
@@ -125,8 +148,10 @@ def test_installing_changes_no_parameter_and_removing_gives_stock_back():
     routing.install(model, routing.TopK(EXPERTS, 3))
     assert model.config.num_experts_per_tok == 3
     ours = logits_of(model, ids, positions)
+    assert len(routing.routers(model)) == LAYERS
+    assert routing.count_experts(model) == EXPERTS
     routing.remove(model)
-    assert {type(layer.mlp.gate) for layer in model.model.layers} == {MixtralTopKRouter}
+    assert {name: type(module) for name, module in model.named_modules()} == stock
     assert torch.equal(logits_of(model, ids, positions), expected)
     assert (ours - expected).abs().max() <= tolerance(expected)
     assert list(model.state_dict()) == list(before)
@@ -154,7 +179,7 @@ class OneByStep:
 
 def test_training_gates_by_step_and_inference_does_not():
     """In training the rule is told the step; in evaluation its inference form runs."""
-    model = mixtral()
+    model = moe()
     routing.install(model, OneByStep())
     chosen = []
     for training in (True, False):
@@ -168,7 +193,7 @@ def test_training_gates_by_step_and_inference_does_not():
 
 def test_the_router_is_fp32_under_autocast():
     """Logits come from fp32 products of what entered, though everything else is bf16."""
-    model = mixtral()
+    model = moe()
     routing.install(model, routing.TopK(EXPERTS, 2))
     gate = routing.routers(model)[0]
     hidden = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -179,25 +204,24 @@ def test_the_router_is_fp32_under_autocast():
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
-@pytest.mark.parametrize(
-    "rule", [routing.TopK(EXPERTS, 2), routing.TopK(EXPERTS, 3), routing.Soft(EXPERTS)]
-)
-def test_identical_experts_give_the_seeds_logits(rule, implementation):
+@pytest.mark.parametrize("method", ["TopK", "Soft"])
+@pytest.mark.parametrize("family", OWN)
+def test_identical_experts_give_the_seeds_logits(tmp_path, family, method, implementation):
     """Identity 1: N copies of one model route to that model, whatever the router says."""
-    seed = new_model(LlamaConfig(**SIZES), 0)
-    moe = mixtral(experts_implementation=implementation)
-    copied = {name: value for name, value in seed.state_dict().items() if ".mlp." not in name}
-    left_out = moe.load_state_dict(copied, strict=False)
-    assert all(".mlp." in name for name in left_out.missing_keys)
-    with torch.no_grad():
-        for mixed, dense in zip(moe.model.layers, seed.model.layers, strict=True):
-            gate_up = torch.cat([dense.mlp.gate_proj.weight, dense.mlp.up_proj.weight])
-            mixed.mlp.experts.gate_up_proj.copy_(gate_up.expand(EXPERTS, -1, -1))
-            mixed.mlp.experts.down_proj.copy_(dense.mlp.down_proj.weight.expand(EXPERTS, -1, -1))
-    routing.install(moe, rule)
+    seed = write_dense(tmp_path / "seed", family)
+    checkpoint = open_checkpoint(LocalFolder(seed), "seed")
+    dense = read_config(checkpoint.config, "seed")
+    plan = mix_plan(dense, checkpoint.tensors, [1.0] * EXPERTS, Normal(std=1.0, seed=2))
+    write_plan(plan, [checkpoint] * EXPERTS, LocalFolder(tmp_path / "mixed"))
+    config = mixed_config(dense, checkpoint.tensors, experts=EXPERTS, top_k=2)
+    (tmp_path / "mixed/config.json").write_text(json.dumps(config))
+
+    mixed = load_model(tmp_path / "mixed", experts_implementation=implementation).eval()
+    rule = routing.rule_for(Routing(method=method), EXPERTS, config["model_type"])
+    routing.install(mixed, rule)
     ids, positions = tokens()
-    expected = logits_of(seed, ids, positions)
-    assert (logits_of(moe, ids, positions) - expected).abs().max() <= tolerance(expected)
+    expected = load_model(seed)(ids, use_cache=False).logits
+    assert (logits_of(mixed, ids, positions) - expected).abs().max() <= tolerance(expected)
 
 
 def test_balanced_layers_give_alpha_each_and_hard_counts_would_not():
@@ -224,7 +248,7 @@ def test_collapse_of_each_layer_onto_another_expert_is_seen():
 
 def test_padding_is_left_out():
     """Terms and counts of a batch with masked tokens are those of the other tokens alone."""
-    model = mixtral()
+    model = moe()
     routing.install(model, routing.TopK(EXPERTS, 2))
     ids, positions = tokens(sequences=3)
     mask = torch.ones(3, LENGTH, dtype=torch.bool)
@@ -247,7 +271,7 @@ def test_accumulated_gradients_equal_the_full_batch(freed):
 
     The second case drops the part through p and must fail: both factors carry gradient.
     """
-    model = mixtral()
+    model = moe()
     routing.install(model, routing.TopK(EXPERTS, 2))
     ids, positions = tokens(sequences=6)
     mask = torch.rand(6, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.8
@@ -288,7 +312,7 @@ def test_checkpointing_keeps_the_balancing_gradient_and_no_graph():
     """Recomputed layers give the same gate gradients, and stash nothing while they recompute."""
     gradients = []
     for checkpointed in (False, True):
-        model = mixtral()
+        model = moe()
         routing.install(model, routing.TopK(EXPERTS, 2))
         if checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -302,18 +326,45 @@ def test_checkpointing_keeps_the_balancing_gradient_and_no_graph():
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_the_language_loss_reaches_every_router_with_two_experts_per_token():
-    """TopK with k = 2 trains its router; stock with k = 1 does not."""
-    norms = {}
-    for k in (1, 2):
-        model = mixtral(k=k)
-        if k > 1:
-            routing.install(model, routing.TopK(EXPERTS, k))
-        language_loss(model, *tokens()).backward()
-        grads = [layer.mlp.gate.weight.grad for layer in model.model.layers]
-        norms[k] = min(grad.norm().item() for grad in grads)
-    assert norms[1] < 1e-6
-    assert norms[2] > 1e-3
+@every_target
+def test_both_losses_reach_every_router_with_two_experts_per_token(target):
+    """TopK with k = 2 trains its router; stock with k = 1 does not, and balancing is finite."""
+    model = moe(k=1, target=target)
+    language_loss(model, *tokens()).backward()
+    alone = [gate.weight.grad.norm().item() for gate in routing._stock_routers(model)]
+    assert len(alone) == LAYERS
+    assert max(alone) < 1e-6
+    model.zero_grad()
+
+    routing.install(model, routing.TopK(EXPERTS, 2))
+    with routing.record(model) as layers:
+        language = language_loss(model, *tokens())
+    language.backward(retain_graph=True)
+    assert gate_gradients(model).norm(dim=(1, 2)).min() > 1e-3
+    model.zero_grad()
+    balance = routing.balancing_loss(routing.balance_terms(layers), 0.01)
+    assert 0.01 * LAYERS < balance.item() < 0.01 * LAYERS * EXPERTS
+    balance.backward()
+    assert gate_gradients(model).norm(dim=(1, 2)).min() > 1e-5
+
+
+def test_a_shared_expert_of_zeros_stays_zero():
+    """Qwen2-MoE's extra expert computes 0, gets no gradient, and decay leaves 0 as it is."""
+    model = moe(target="qwen2_moe")
+    shared = {name: p for name, p in model.named_parameters() if ".shared_expert" in name}
+    assert len(shared) == 4 * LAYERS
+    with torch.no_grad():
+        for parameter in shared.values():
+            parameter.zero_()
+    routing.install(model, routing.TopK(EXPERTS, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for seed in range(2):
+        optimizer.zero_grad()
+        language_loss(model, *tokens(seed=seed)).backward()
+        optimizer.step()
+    assert {name: p.count_nonzero().item() for name, p in shared.items()} == dict.fromkeys(
+        shared, 0
+    )
 
 
 def expert_gradients(model):
@@ -328,7 +379,7 @@ def expert_gradients(model):
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
 def test_soft_feeds_every_expert_and_top2_leaves_a_dead_one_untouched(implementation):
     """Identity 12: under Top-2 a dead expert's and its router row's gradients are exactly zero."""
-    model = mixtral(experts_implementation=implementation)
+    model = moe(experts_implementation=implementation)
     ids, positions = tokens(sequences=1)
     ids = ids[:, :1].repeat(1, LENGTH)  # one token over and over: a constant to steer by
     routing.install(model, routing.Soft(EXPERTS))
@@ -396,13 +447,14 @@ def domain_router(model, skip=()):
     return torch.stack([gate.weight.detach().clone() for gate in routing.routers(model)])
 
 
-def test_each_domains_mean_token_gets_its_own_expert():
+@every_target
+def test_each_domains_mean_token_gets_its_own_expert(target):
     """After the init the mean router input of a domain has its expert on top in every layer.
 
     All tokens share a large part here, as hidden states do, and a domain of one word has more
     of it than a varied one: that must not favour an expert.
     """
-    model = mixtral()
+    model = moe(target=target)
     with torch.no_grad():
         model.model.embed_tokens.weight += torch.randn(
             32, generator=torch.Generator().manual_seed(3)
@@ -420,7 +472,7 @@ def test_each_domains_mean_token_gets_its_own_expert():
 
 def test_the_init_is_a_function_of_experts_and_data_alone():
     """It repeats bit for bit, does not depend on the old router, and leaves the rule in place."""
-    first, second = mixtral(), mixtral()
+    first, second = moe(), moe()
     with torch.no_grad():
         for layer in second.model.layers:
             layer.mlp.gate.weight.normal_(generator=torch.Generator().manual_seed(9))
@@ -441,7 +493,7 @@ def test_the_inits_logits_are_of_order_one_whatever_the_norms_scale():
     """A norm ten times as large gives the same logits in the layer behind it."""
     spreads = []
     for scale in (1.0, 10.0):
-        model = mixtral()
+        model = moe()
         with torch.no_grad():
             model.model.layers[0].post_attention_layernorm.weight.mul_(scale)
         domain_router(model)
@@ -452,14 +504,14 @@ def test_the_inits_logits_are_of_order_one_whatever_the_norms_scale():
 
 def test_one_domain_is_not_enough():
     """Without two domains there is nothing to tell apart."""
-    model = mixtral()
+    model = moe()
     with pytest.raises(ConfigurationError, match=r"finetune.routing.init: .* at least two"):
         domain_router(model, skip=(0, 1))
 
 
 def test_a_copied_model_keeps_its_rule():
     """Deep copies route alike, so a model can be compared with its own past."""
-    model = mixtral()
+    model = moe()
     routing.install(model, routing.Soft(EXPERTS))
     ids, positions = tokens()
     twin = copy.deepcopy(model)

@@ -156,8 +156,10 @@ def test_wrong_credentials_and_missing_servers_are_one_line(s3_endpoint, monkeyp
         refused.get("key")
     assert caught.value.filename == "s3://btx/p/key"
     nobody = open_store(Storage(uri="s3://btx/p", endpoint="http://127.0.0.1:9", path_style=True))
-    with pytest.raises(OSError, match=r"^s3://btx/p/key: [^\n]*127.0.0.1:9[^\n]*$"):
+    with pytest.raises(OSError, match="Could not connect") as caught:
         nobody.put("key", b"")
+    assert caught.value.filename == "s3://btx/p/key"
+    assert "127.0.0.1:9" in caught.value.strerror and "\n" not in caught.value.strerror
 
 
 def test_inputs_from_outside(storage, store, tmp_path, monkeypatch):
@@ -178,8 +180,10 @@ def test_a_model_from_the_hub_that_is_not_cached(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     storage = Storage(uri="file://storage")
 
-    with pytest.raises(OSError, match=r"^hf://someone/model@0123: [^\n]+$"):
+    with pytest.raises(OSError, match="Errno") as caught:
         open_outside("hf://someone/model@0123", storage)
+    assert caught.value.filename == "hf://someone/model@0123"
+    assert caught.value.strerror and "\n" not in caught.value.strerror
 
 
 def test_a_full_disk_names_the_file(tmp_path):

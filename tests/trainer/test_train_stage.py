@@ -3,25 +3,15 @@
 TRIALS + 1 is how often the two stages are interrupted in all; every other time by SIGTERM.
 """
 
-import json
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
-from btx_api.artifact import Manifest, checkpoints_folder, manifest_key
-from btx_api.names import TASK_ENV
+from attempts import attempt, outcome
+from btx_api.artifact import checkpoints_folder
 from btx_api.spec import Routing
-from btx_api.stage import Exit, Progress, Result, Task
+from btx_api.stage import Exit, Result, Task
 from training import Studio, finetune_recipe, train_recipe
 
 TRIALS = int(os.environ.get("TRIALS", "3"))
@@ -42,67 +32,6 @@ def task_of(studio: Studio, kind: str) -> Task:
     routing = Routing(init="DomainMean")
     recipe = finetune_recipe(STEPS[kind], routing=routing, experts=(1, 2, 0, 0))
     return studio.task(recipe, ["mixed", "letters", "sums"], micro_batch=5, **how)
-
-
-class Attempt:
-    """One process of the trainer."""
-
-    def __init__(self, studio: Studio, task: Task) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        folder = Path(tempfile.mkdtemp(dir=studio.folder))
-        self.result, self.log = folder / "result.json", folder / "log.txt"
-        place = {"listen": self.address, "result": str(self.result)}
-        task = task.model_copy(update={"execution": task.execution.model_copy(update=place)})
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "btx_trainer"], stdout=log, stderr=log,
-                env={**os.environ, TASK_ENV: task.model_dump_json(exclude_defaults=True)},
-            )  # fmt: skip
-
-    def reaches(self, step: int) -> Progress:
-        """Its progress at or soon after this step; fails if it ends before."""
-        while True:
-            progress = self._progress()
-            if progress and progress.phase == "training" and progress.step >= step:
-                return progress
-            with pytest.raises(subprocess.TimeoutExpired):
-                self.process.wait(0.05)
-
-    def _progress(self) -> Progress | None:
-        try:
-            with urlopen(f"http://{self.address}/progress", timeout=10) as answer:
-                return Progress.parse(json.load(answer))
-        except URLError:
-            return None
-
-    def ends(self, code: int) -> Result:
-        """Its result."""
-        assert self.process.wait(600) == code, self.log.read_text()
-        return Result.parse(json.loads(self.result.read_text()))
-
-
-@contextmanager
-def attempt(studio: Studio, task: Task) -> Iterator[Attempt]:
-    """A process that does not outlive the test."""
-    started = Attempt(studio, task)
-    try:
-        yield started
-    finally:
-        started.process.kill()
-        started.process.wait()
-
-
-def outcome(studio: Studio, task: Task) -> tuple[dict[str, bytes], dict[str, float]]:
-    """Files and metrics of a committed stage."""
-    stage = task.stage
-    assert stage
-    key = manifest_key(stage.kind, stage.digest)
-    manifest = Manifest.parse(json.loads(studio.store.read(key)))
-    folder = Path(key).parent / "attempts" / manifest.token
-    files = {entry.name: studio.store.read(f"{folder}/{entry.name}") for entry in manifest.files}
-    return files, manifest.metrics
 
 
 @pytest.mark.parametrize(

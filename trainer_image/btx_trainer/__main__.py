@@ -1,5 +1,6 @@
 """The trainer's only entry: Task -> already done? -> stage -> commit -> Result -> exit code.
 
+A stage on several ranks is this same entry once more in each of them, started by launch.py.
 `BTX_TASK` holds the Task as JSON, or `@path` of a file with it. Imports no torch until a stage
 needs it. Called by the local backend and as the container's command.
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_api.artifact import Maker, log_key
-from btx_api.names import TASK_ENV
+from btx_api.names import TASK_ENV, stage_folder
 from btx_api.spec import Model, explain
 from btx_api.stage import (
     MAX_METRICS,
@@ -43,9 +44,17 @@ from btx_api.stage import (
 )
 from pydantic import ValidationError
 
-from btx_trainer import checkpoint, errands
+from btx_trainer import checkpoint, errands, launch
 from btx_trainer.artifacts import Artifact, Attempt, Outside, find
-from btx_trainer.errors import ConfigurationError, CorruptInputError, MissingError, TrainerError
+from btx_trainer.errors import (
+    ConfigurationError,
+    CorruptInputError,
+    MissingError,
+    PreemptedError,
+    TrainerError,
+)
+from btx_trainer.ranks import Ranks, here
+from btx_trainer.roots import write_record
 from btx_trainer.storage import Store, open_store
 from btx_trainer.telemetry import Log, Telemetry
 from btx_trainer.work import Made, Work
@@ -58,15 +67,18 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pyarrow")
-USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, None)
-"""Errors of the environment, which say all in one line; None: storage.py's own."""
+STALE_SECONDS = 86_400
+"""What nobody has written to for so long, a killed attempt at the same stage has left."""
 
 
 def main() -> Exit:
     """Runs the task of the environment; returns the exit code."""
-    started = time.monotonic()
+    started, place = time.monotonic(), here()
+    place.die_with_parent()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a text stream
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
+    # What rank 0 tells holds for all.
+    level = logging.ERROR if place.rank else logging.INFO
+    logging.basicConfig(level=level, stream=sys.stdout, format="%(asctime)s %(message)s")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     stopping = _catch_signals()
@@ -95,6 +107,8 @@ def _catch_signals() -> threading.Event:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    # A rank is started with these held back.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
     return stopping
 
 
@@ -108,12 +122,14 @@ def _outcome(work: Callable[[], Result]) -> tuple[Result, Exit]:
     except OSError as error:
         place = str(error.filename or "")
         problem = Problem(field=place, message=error.strerror or str(error))
-        if error.errno not in USERS_ERRORS:
+        # Of the environment: the object and what the system says of it are the whole story.
+        if not place and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             traceback.print_exc()
     except Exception as error:  # whatever it is, it becomes a Result
         traceback.print_exc()
         problem = Problem(field=type(error).__name__, message=str(error) or "no message")
-    print(f"error: {problem.field}: {problem.message}", file=sys.stderr)
+    where = f"{problem.field}: " if problem.field else ""
+    print(f"error: {where}{problem.message}", file=sys.stderr)
     return Result(problem=problem), Exit.FAILED
 
 
@@ -128,7 +144,8 @@ def _finish(result: Result, target: str) -> None:
         except OSError:
             # A container's termination log is a mount: it can be written, not replaced.
             path.write_text(line)
-    print(line, flush=True)
+    if not here().parent:
+        print(line, flush=True)
 
 
 def _read_task() -> dict[str, Any]:
@@ -173,7 +190,48 @@ def _run(task: Task, stopping: threading.Event, stack: ExitStack) -> Result:
 def _run_stage(
     stage: Stage, execution: TaskExecution, stopping: threading.Event, stack: ExitStack
 ) -> Result:
-    store, replaces = open_store(execution.storage), execution.replaces
+    """In a process alone, in one of several ranks, or in the parent that starts these."""
+    store, replaces, place = open_store(execution.storage), execution.replaces, here()
+    crew = launch.Crew() if place.parent else launch.crew_of(stage.kind, execution.scheduling)
+    ranks = _meet(execution) if place.parent else Ranks()
+    # Of several nodes rank 0 decides for all of them.
+    if crew.nodes == 1 or execution.must_exist:
+        result, replaces = ranks.share(lambda: _found(store, stage, execution))
+        if result:
+            return result
+    if execution.must_exist:
+        raise MissingError(f"stages/{stage.kind}/{stage.digest}", "there is no such artifact")
+    recipe = _recipe(stage)
+    log = _log(store, stage, execution, stack) if not place.parent and crew.node == 0 else None
+    if crew.world > 1:
+        return launch.run(Task(stage=stage, execution=execution), crew, stopping.is_set)
+    telemetry = Telemetry(run=execution.run, stage=execution.name or stage.kind, kind=stage.kind)
+    if execution.listen:
+        stack.callback(telemetry.serve(execution.listen).shutdown)
+    _watch(telemetry, execution, log, stack)
+    out = Attempt(store, stage, replaces=replaces)
+    out.token = ranks.share(lambda: out.token)
+    work = Work(
+        stage=stage, recipe=recipe, execution=execution, store=store,
+        inputs=_inputs(stage, execution, store, ranks), out=out,
+        scratch=Path(tempfile.gettempdir()), publish=telemetry.publish, stopping=stopping.is_set,
+    )  # fmt: skip
+    return _make(work, ranks)
+
+
+def _meet(execution: TaskExecution) -> Ranks:
+    """Connects a rank with the others; with torch, so not in a process alone."""
+    connect = importlib.import_module("btx_trainer.distributed").connect
+    # The watchdog is to end a rank that waits for another, not this limit.
+    ranks: Ranks = connect(here(), 2 * execution.no_progress_seconds)
+    return ranks
+
+
+def _found(store: Store, stage: Stage, execution: TaskExecution) -> tuple[Result | None, str]:
+    """The Result of an artifact that is there already; else the tag of what is to be replaced."""
+    replaces = execution.replaces
+    if execution.uid:
+        write_record(store, execution.uid, {execution.name: stage}, whole=False)
     try:
         found = find(store, stage.kind, stage.digest, ignoring=replaces)
         if found and execution.verify:
@@ -182,25 +240,20 @@ def _run_stage(
         # Ours, and nobody can use it: made again under the same address.
         assert error.corrupt
         found, replaces = None, error.corrupt.tag
-    if found:
-        _prune(store, stage)
-        return _result(found, reused=True)
-    if execution.must_exist:
-        raise MissingError(f"stages/{stage.kind}/{stage.digest}", "there is no such artifact")
-    recipe = _recipe(stage)
-    key = log_key(stage.kind, stage.digest, execution.run or "run", execution.attempt)
-    log = Log(store, key)
+    if found is None:
+        return None, replaces
+    _prune(store, stage)
+    return _result(found, reused=True), replaces
+
+
+def _log(store: Store, stage: Stage, execution: TaskExecution, stack: ExitStack) -> Log:
+    # Some credentials may not list uploads; gc comes by later.
+    with suppress(OSError):
+        folder = stage_folder(stage.kind, stage.digest)
+        store.delete_unfinished(f"{folder}/", time.time() - STALE_SECONDS)
+    log = Log(store, log_key(stage.kind, stage.digest, execution.run or "run", execution.attempt))
     stack.callback(log.close)
-    telemetry = Telemetry(run=execution.run, stage=execution.name or stage.kind, kind=stage.kind)
-    if execution.listen:
-        stack.callback(telemetry.serve(execution.listen).shutdown)
-    _watch(telemetry, execution, log, stack)
-    work = Work(
-        stage=stage, recipe=recipe, execution=execution, store=store,
-        inputs=_inputs(stage, execution, store), out=Attempt(store, stage, replaces=replaces),
-        scratch=Path(tempfile.gettempdir()), publish=telemetry.publish, stopping=stopping.is_set,
-    )  # fmt: skip
-    return _make(work)
+    return log
 
 
 def _recipe(stage: Stage) -> Model:
@@ -215,7 +268,9 @@ def _recipe(stage: Stage) -> Model:
         raise ConfigurationError("", explain(error, stage.kind)[0]) from error
 
 
-def _inputs(stage: Stage, execution: TaskExecution, store: Store) -> tuple[Artifact | Outside, ...]:
+def _inputs(
+    stage: Stage, execution: TaskExecution, store: Store, ranks: Ranks
+) -> tuple[Artifact | Outside, ...]:
     inputs: list[Artifact | Outside] = []
     for item, location in zip(stage.inputs, execution.inputs, strict=True):
         if isinstance(item, Content):
@@ -232,19 +287,28 @@ def _inputs(stage: Stage, execution: TaskExecution, store: Store) -> tuple[Artif
             if found is None:
                 raise CorruptInputError(location.kind, item.digest, "", "the artifact is missing")
             inputs.append(found)
+    parents = [item.parent for item in inputs]
+    if ranks.share(lambda: parents) != parents:
+        raise TrainerError("", "an input was made again while the ranks started")
     return tuple(inputs)
 
 
-def _make(work: Work) -> Result:
+def _make(work: Work, ranks: Ranks) -> Result:
+    """Runs the stage; of several ranks the first commits."""
     stage, started = work.stage, time.monotonic()
     work.publish(Progress(phase="loading"))
     run: Callable[[Work], Made] = importlib.import_module(f"btx_trainer.stages.{stage.kind}").run
     try:
         made = run(work)
         assert len(made.metrics) <= MAX_METRICS, made.metrics
-    except BaseException:
+    except BaseException as error:
         work.out.discard()
+        if isinstance(error, PreemptedError):
+            ranks.leave()
         raise
+    ranks.leave()
+    if ranks.rank:
+        return Result()
     work.publish(Progress(phase="committing"))
     # A commit that fails may have happened all the same, and then its files must stay.
     artifact = work.out.commit(
@@ -280,7 +344,9 @@ def _result(artifact: Artifact, *, reused: bool) -> Result:
     )  # fmt: skip
 
 
-def _watch(telemetry: Telemetry, execution: TaskExecution, log: Log, stack: ExitStack) -> None:
+def _watch(
+    telemetry: Telemetry, execution: TaskExecution, log: Log | None, stack: ExitStack
+) -> None:
     """Ends the process, whatever it waits for, when nothing has moved for too long."""
     limit, done = execution.no_progress_seconds, threading.Event()
     stack.callback(done.set)
@@ -292,10 +358,11 @@ def _watch(telemetry: Telemetry, execution: TaskExecution, log: Log, stack: Exit
         faulthandler.dump_traceback()
         problem = Problem(message=f"no progress for {limit} s (policy.noProgressSeconds)")
         print(f"error: {problem.message}", file=sys.stderr, flush=True)
-        # Storage may be what hangs.
-        closing = threading.Thread(target=log.close, daemon=True)
-        closing.start()
-        closing.join(10)
+        if log:
+            # Storage may be what hangs.
+            closing = threading.Thread(target=log.close, daemon=True)
+            closing.start()
+            closing.join(10)
         _finish(Result(problem=problem), execution.result)
         os._exit(Exit.STALLED)
 

@@ -2,18 +2,21 @@
 
 An attempt writes files under its own token; the manifest, written last and conditionally, names
 that token and every file with size and CRC32C. Nothing is overwritten: who comes second adopts the
-winner. Every byte is checked by the first process that reads it. Called by __main__.py, the stages
+winner. Every byte is checked by the first process that reads it, and bytes that differ are read
+again: only those that differ at rest are the producer's business. Called by __main__.py, the stages
 and errands.py.
 """
 
 import json
+import logging
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from btx_api.artifact import FileEntry, Maker, Manifest, Parent, attempt_folder, manifest_key
 from btx_api.spec import Storage
@@ -31,20 +34,40 @@ from btx_trainer.fingerprint import (
 from btx_trainer.storage import (
     READ_BYTES,
     Conflict,
+    Damaged,
     FileStore,
+    Head,
     Sink,
     Store,
     extend_crc,
     open_outside,
+    traffic,
 )
 
 MANIFEST_SCHEMA = 1
+
+
+READINGS = 3
+"""Of a file from s3:// whose bytes are not what they should be."""
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def _copy(store: Store, key: str, sink: Sink) -> None:
     with store.open(key) as file, sink:
         while piece := file.read(READ_BYTES):
             sink.write(piece)
+
+
+def _again(store: Store, read: Callable[..., T], *arguments: object) -> T:
+    """Reads once more what was damaged on the way, unless it came from this machine."""
+    for _ in range(READINGS - 1 if store.local("") is None else 0):
+        try:
+            return read(*arguments)
+        except (Damaged, CorruptInputError) as error:
+            log.warning("%s; reading it again", error)
+    return read(*arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +99,31 @@ class Artifact:
         """One small file, verified. FileNotFoundError if the manifest does not name it."""
         for entry in self.manifest.files:
             if entry.name == name:
-                return b"".join(self._verified(entry))
+                return b"".join(_again(self.store, self._pieces, entry))
         raise FileNotFoundError(f"{self.store.uri(self.key(name))}: not in the manifest")
 
     def verify(self) -> None:
         """Reads every byte; CorruptInputError for the first file that is not as committed."""
         for entry in self.manifest.files:
-            for _ in self._verified(entry):
-                pass
+            _again(self.store, self._check, entry)
 
     def copy(self, folder: Path) -> None:
         """Writes all files below `folder`, verified; CorruptInputError as in `verify`."""
         target = FileStore(folder)
         for entry in self.manifest.files:
-            with target.sink(entry.name) as sink:
-                for piece in self._verified(entry):
-                    sink.write(piece)
+            _again(self.store, self._write, entry, target)
+
+    def _pieces(self, entry: FileEntry) -> list[bytes]:
+        return list(self._verified(entry))
+
+    def _check(self, entry: FileEntry) -> None:
+        for _ in self._verified(entry):
+            pass
+
+    def _write(self, entry: FileEntry, target: Store) -> None:
+        with target.sink(entry.name) as sink:
+            for piece in self._verified(entry):
+                sink.write(piece)
 
     def fetch(self) -> Path:
         """A local folder with all files, every byte verified (once per process).
@@ -119,9 +151,12 @@ class Artifact:
             with self.store.open(self.key(entry.name)) as file:
                 while piece := file.read(READ_BYTES):
                     size, crc = size + len(piece), extend_crc(crc, piece)
+                    traffic.moved()
                     yield piece
         except FileNotFoundError as error:
             raise self.corrupt(f"{entry.name}: is missing") from error
+        except Damaged as error:
+            raise self.corrupt(f"{entry.name}: {error.strerror}") from error
         if size != entry.size:
             raise self.corrupt(f"{entry.name}: has {size} bytes, was committed with {entry.size}")
         if f"{crc:08x}" != entry.crc32c:
@@ -133,8 +168,9 @@ class Artifact:
 def find(store: Store, kind: Kind, digest: str, *, ignoring: str = "") -> Artifact | None:
     """The committed artifact of a stage; a manifest with tag `ignoring` counts as absent.
 
-    The files' sizes are checked. Raises CorruptInputError for a manifest that cannot be read or a
-    file of another size, ConfigurationError for a manifest of a later release.
+    The files' sizes are checked, and the checksums that the storage keeps. Raises CorruptInputError
+    for a manifest that cannot be read or a file that differs, ConfigurationError for a manifest of
+    a later release.
     """
     try:
         data, tag = store.get(manifest_key(kind, digest))
@@ -151,6 +187,10 @@ def find(store: Store, kind: Kind, digest: str, *, ignoring: str = "") -> Artifa
         if head.size != entry.size:
             raise artifact.corrupt(
                 f"{entry.name}: has {head.size} bytes, was committed with {entry.size}"
+            )
+        if head.checksum.startswith("crc32c") and head.checksum != f"crc32c {entry.crc32c}":
+            raise artifact.corrupt(
+                f"{entry.name}: has {head.checksum}, was committed with {entry.crc32c}"
             )
     return artifact
 
@@ -228,7 +268,7 @@ class Attempt:
             return Artifact(store=self._store, manifest=manifest, kind=kind, digest=digest, tag=tag)
         winner = find(self._store, kind, digest, ignoring=self._replaces)
         if winner is None:
-            raise Conflict(f"{self._store.uri(manifest_key(kind, digest))}: came and went")
+            raise Conflict(self._store.uri(manifest_key(kind, digest)), "came and went")
         if winner.token != self.token:
             self.discard()
         return winner
@@ -300,9 +340,13 @@ class Outside:
         folder = local or Path(tempfile.mkdtemp(prefix="model-"))
         if local is None:
             for head in model_files(store, key):
-                _copy(store, head.key, FileStore(folder).sink(Path(head.key).name))
+                _again(store, self._fetch, store, head, folder)
         self._compare(fingerprint_model(store, key))
         return folder
+
+    @staticmethod
+    def _fetch(store: Store, head: Head, folder: Path) -> None:
+        _copy(store, head.key, FileStore(folder).sink(Path(head.key).name))
 
     def _tokenizer(self) -> bytes:
         store, key = open_outside(self.location.uri, self.storage)

@@ -1,18 +1,29 @@
 """Which dense families can be mixed, into what, and from which sources each target tensor comes.
 
-A family is one entry of `FAMILIES`: data, no code. From a dense `config.json` and the headers of
-its weights this module derives the config of the target and a `Plan`, the ordered list of target
-tensors; `weights.py` runs the plan. Pure: no torch, no I/O. Called by the preflight errand and by
+The families are data, in family_table.py. From a dense `config.json` and the headers of its weights
+this module derives the config of the target and a `Plan`, the ordered list of target tensors;
+`weights.py` runs the plan. Pure: no torch, no I/O. Called by the preflight errand and by
 the stages average and mix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from btx_trainer.errors import ConfigurationError
+from btx_trainer.family_table import (
+    FAMILIES,
+    FREE,
+    METADATA,
+    ROPE_FIELDS,
+    ROPE_THETA,
+    SHARED_WIDTH,
+    Family,
+)
 
 Model = TypeVar("Model")
 
@@ -37,12 +48,17 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
+Rows = tuple[int, int]
+"""Rows of a tensor along its first dimension: the first, and the one after the last."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
-    """The bytes of tensor `name` of model `model`, unchanged."""
+    """The bytes of tensor `name` of model `model`, or of some rows of it, unchanged."""
 
     model: int
     name: str
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +67,15 @@ class Mean:
 
     name: str
     weights: tuple[float, ...]
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stack:
+    """Copies one after the other, each of `shape`."""
+
+    parts: tuple[Copy, ...]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,139 +92,27 @@ class Planned:
 
     name: str
     spec: TensorSpec
-    op: Copy | Mean | Normal
+    op: Copy | Mean | Stack | Normal
 
 
 Plan = tuple[Planned, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """One row of the table: everything the mixer knows of a dense architecture.
-
-    Shapes are strings with one letter per dimension: H hidden, I intermediate, V vocabulary,
-    D head, Q all query heads, K all key (or value) heads.
-    """
-
-    defaults: Mapping[str, Any]
-    """Fields that the target takes under the same name, each with the dense family's default."""
-    required: Mapping[str, Any]
-    """Fields that the target cannot express, each with the only value that maps; absent is fine."""
-    layer: Mapping[str, str]
-    """Shapes of a layer's tensors, in order, without the prefix `model.layers.L.`."""
-    experts: Mapping[str, str]
-    """FFN tensors of a layer, each with its name in the target; `{}` is the expert's index."""
-    router: str
-    """Name of the router, [experts, H], in a layer of the target."""
-    target: Mapping[str, Any]
-    """Fields of the target that no dense config has."""
-
-
-ROPE_THETA = 10_000.0
-# Stock transformers computes these from the config alone, alike for dense model and target.
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-ROPE_FIELDS = frozenset({
-    "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings",
-    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
-    "low_freq_factor", "high_freq_factor", "short_factor", "long_factor",
-})  # fmt: skip
-
-# Fields that describe the file, its history or generation: no logit depends on them.
-METADATA = frozenset({
-    "_name_or_path", "name_or_path", "_commit_hash", "_attn_implementation_autoset",
-    "architectures", "model_type", "transformers_version", "transformers.js_config",
-    "unsloth_version", "unsloth_fixed", "is_llama_config", "tokenizer_class", "dtype",
-    "torch_dtype", "use_cache", "pretraining_tp", "output_attentions", "output_hidden_states",
-    "return_dict", "id2label", "label2id", "num_labels", "problem_type", "max_length",
-    "max_new_tokens", "min_length", "do_sample", "num_beams", "temperature", "top_k", "top_p",
-    "repetition_penalty", "length_penalty",
-})  # fmt: skip
-
-# Taken from the seed; an expert may differ in them, they do not change what its weights mean.
-FREE = frozenset({
-    "initializer_range", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id",
-})  # fmt: skip
-
-_LLAMA_DEFAULTS: Mapping[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_GATED_SILU: Mapping[str, Any] = {
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "attention_bias": False,
-    "rope_interleaved": False,
-    "is_encoder_decoder": False,
-}
-_LLAMA_LAYER: Mapping[str, str] = {
-    "input_layernorm.weight": "H",
-    "self_attn.q_proj.weight": "QH",
-    "self_attn.k_proj.weight": "KH",
-    "self_attn.v_proj.weight": "KH",
-    "self_attn.o_proj.weight": "HQ",
-    "post_attention_layernorm.weight": "H",
-    "mlp.gate_proj.weight": "IH",
-    "mlp.up_proj.weight": "IH",
-    "mlp.down_proj.weight": "HI",
-}
-# The disk names: transformers fuses them on loading, the native class of vLLM knows no others.
-_MIXTRAL_EXPERTS: Mapping[str, str] = {
-    "mlp.gate_proj.weight": "block_sparse_moe.experts.{}.w1.weight",
-    "mlp.down_proj.weight": "block_sparse_moe.experts.{}.w2.weight",
-    "mlp.up_proj.weight": "block_sparse_moe.experts.{}.w3.weight",
-}
-_MIXTRAL: Mapping[str, Any] = {
-    "architectures": ["MixtralForCausalLM"],
-    "model_type": "mixtral",
-    "hidden_act": "silu",
-    "use_cache": True,
-    "output_router_logits": False,
-    "router_jitter_noise": 0.0,
-}
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(
-        defaults=_LLAMA_DEFAULTS,
-        required=_GATED_SILU,
-        layer=_LLAMA_LAYER,
-        experts=_MIXTRAL_EXPERTS,
-        router="block_sparse_moe.gate.weight",
-        target={**_MIXTRAL, "sliding_window": None},
-    ),
-    "mistral": Family(
-        defaults={
-            **_LLAMA_DEFAULTS,
-            "intermediate_size": 14336,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "sliding_window": 4096,
-        },
-        required=_GATED_SILU,
-        layer=_LLAMA_LAYER,
-        experts=_MIXTRAL_EXPERTS,
-        router="block_sparse_moe.gate.weight",
-        target=_MIXTRAL,
-    ),
-}
-
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
+_FFN = "mlp.gate_proj.weight"
 _CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Where a matrix or vector of a layer is: a tensor, or some rows of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Rows | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,10 +129,16 @@ class Dense:
         """Number of layers."""
         return int(self.fields["num_hidden_layers"])
 
-    def shape(self, letters: str) -> tuple[int, ...]:
-        """The shape that `letters` (see `Family`) stand for."""
+    def shape(self, text: str) -> tuple[int, ...]:
+        """The shape that `text` (see `Family`) stands for."""
+        return tuple(sum(sizes) for sizes in self._sizes(text))
+
+    def _sizes(self, text: str) -> list[list[int]]:
+        """The terms of every dimension of `text`."""
         f = self.fields
         sizes = {
+            "1": 1,
+            "S": SHARED_WIDTH,
             "H": f["hidden_size"],
             "I": f["intermediate_size"],
             "V": f["vocab_size"],
@@ -227,17 +146,37 @@ class Dense:
             "Q": f["num_attention_heads"] * f["head_dim"],
             "K": f["num_key_value_heads"] * f["head_dim"],
         }
-        return tuple(sizes[letter] for letter in letters)
+        return [[int(sizes[term]) for term in word.split("+")] for word in text.split()]
+
+    def _layer(self) -> dict[str, str]:
+        """Names and shapes of a layer's tensors."""
+        biases = self.family.biases if self.fields.get("attention_bias") else {}
+        return {**biases, **self.family.layer}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor on disk, in the model's order; a tied head is absent."""
-        letters = {"model.embed_tokens.weight": "VH"}
+        texts = {"model.embed_tokens.weight": "V H"}
         for index in range(self.layers):
-            letters |= {f"model.layers.{index}.{k}": v for k, v in self.family.layer.items()}
-        letters["model.norm.weight"] = "H"
+            texts |= {f"model.layers.{index}.{name}": text for name, text in self._layer().items()}
+        texts["model.norm.weight"] = "H"
         if not self.fields["tie_word_embeddings"]:
-            letters["lm_head.weight"] = "VH"
-        return {name: self.shape(shape) for name, shape in letters.items()}
+            texts["lm_head.weight"] = "V H"
+        return {name: self.shape(text) for name, text in texts.items()}
+
+    def parts(self) -> dict[str, Part]:
+        """A layer's tensors with the fused ones taken apart, under the target's names."""
+        found = {}
+        for name, text in self._layer().items():
+            rows, *rest = self._sizes(text)
+            ends = list(accumulate(rows))
+            for part, size, end in zip(
+                self.family.parts.get(name, (name,)), rows, ends, strict=True
+            ):
+                found[part] = Part(
+                    name=name, shape=(size, *(sum(terms) for terms in rest)),
+                    rows=(end - size, end) if len(rows) > 1 else None,
+                )  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,14 +187,17 @@ class Parameters:
     active: int
 
 
-def read_config(config: Mapping[str, Any], where: str) -> Dense:
+def read_config(config: Mapping[str, Any], where: str, seed: Dense | None = None) -> Dense:
     """Check a dense `config.json` field by field and fill in the defaults of its family.
 
-    `where` begins every message, for example `seed`. Raises FamilyError for a family that is not
-    in the table, an unknown field, a value that the target cannot express, a bad dimension.
+    `where` begins every message, for example `seed`; a member's model_type must be its `seed`'s.
+    Raises FamilyError for a family that is not in the table, an unknown field, a value that the
+    target cannot express, a bad dimension.
     """
     where = f"{where} config.json"
     model_type = config.get("model_type")
+    if seed and model_type != seed.model_type:
+        raise _differs(where, "model_type", model_type, seed.model_type)
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise FamilyError(
@@ -263,26 +205,49 @@ def read_config(config: Mapping[str, Any], where: str) -> Dense:
             "model_type",
             f"model_type {model_type!r} is not supported (supported: {', '.join(FAMILIES)})",
         )
-    rope_names = {"rope_parameters", "rope_scaling", "rope_theta"}
-    known = {*family.defaults, *family.required, *METADATA, *rope_names}
-    for name in config:
-        if name not in known:
-            raise FamilyError(
-                where, name, f"field {name!r} is unknown for model_type {model_type!r}"
-            )
-    for name, only in family.required.items():
-        if config.get(name, only) != only:
-            raise FamilyError(
-                where, name, f"{name} is {config[name]!r}, only {only!r} can be mixed"
-            )
+    _check_fields(config, family, where)
     fields = {name: config.get(name, default) for name, default in family.defaults.items()}
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     _check_counts(fields, where)
     if fields["head_dim"] is None:
         fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
-    fields["rope_parameters"] = _rope(config, fields["max_position_embeddings"], where)
+    fields["rope_parameters"] = _rope(config, family, fields["max_position_embeddings"], where)
     return Dense(family=family, model_type=str(model_type), fields=fields)
+
+
+def _check_fields(config: Mapping[str, Any], family: Family, where: str) -> None:
+    rope_names = {"rope_parameters", "rope_scaling", "rope_theta"}
+    known = {*family.defaults, *family.required, *family.inert, *METADATA, *rope_names}
+    for name, value in config.items():
+        if name not in known:
+            raise FamilyError(
+                where,
+                name,
+                f"field {name!r} is unknown for model_type {config['model_type']!r}"
+                f" (it is {_short(value)})",
+            )
+    for name, only in family.required.items():
+        if config.get(name, only) != only:
+            raise FamilyError(
+                where, name, f"{name} is {config[name]!r}, only {only!r} can be mixed"
+            )
+    for kind in config.get("layer_types") or ():
+        if kind != "full_attention":
+            raise FamilyError(
+                where,
+                "layer_types",
+                f"layer_types has {kind!r}, only 'full_attention' can be mixed",
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _differs(where: str, name: str, theirs: object, ours: object) -> FamilyError:
+    return FamilyError(where, name, f"{name} is {_short(theirs)}, the seed's is {_short(ours)}")
 
 
 def check_tensors(dense: Dense, tensors: Mapping[str, TensorSpec], where: str) -> None:
@@ -318,11 +283,7 @@ def check_member(seed: Dense, member: Dense, where: str) -> None:
     ours, theirs = _flat(seed), _flat(member)
     for name in {**ours, **theirs}:
         if name not in FREE and ours.get(name) != theirs.get(name):
-            raise FamilyError(
-                where,
-                name,
-                f"{name} is {theirs.get(name)!r}, the seed's is {ours.get(name)!r}",
-            )
+            raise _differs(where, name, theirs.get(name), ours.get(name))
 
 
 def check_dtypes(
@@ -348,7 +309,9 @@ def average_plan(dense: Dense, tensors: Mapping[str, TensorSpec], weights: Seque
 
     `tensors` is the seed's header (dtypes), `weights` one number >= 0 per model.
     """
-    return tuple(_mean(name, tensors[name], weights) for name in dense.shapes())
+    return tuple(
+        Planned(name=name, spec=tensors[name], op=_mean(name, weights)) for name in dense.shapes()
+    )
 
 
 def mix_plan(
@@ -360,24 +323,54 @@ def mix_plan(
     `tensors` is the seed's header (dtypes), `weights` one number >= 0 per model; equal weights are
     the paper's. N times the same model is sparse upcycling.
     """
-    family, plan = dense.family, []
-    for name in dense.shapes():
-        prefix, suffix = _split(name)
-        if suffix not in family.experts:
-            plan.append(_mean(name, tensors[name], weights))
-        elif suffix == next(s for s in family.layer if s in family.experts):
-            spec = TensorSpec(dtype=tensors[name].dtype, shape=(len(weights), *dense.shape("H")))
-            plan.append(Planned(name=prefix + family.router, spec=spec, op=router))
-            plan += [
-                Planned(
-                    name=prefix + target.format(expert),
-                    spec=tensors[prefix + source],
-                    op=Copy(model=expert, name=prefix + source),
-                )
-                for expert in range(len(weights))
-                for source, target in family.experts.items()
-            ]
-    return tuple(plan)
+    first, *last = (
+        planned
+        for planned in average_plan(dense, tensors, weights)
+        if not planned.name.startswith("model.layers.")
+    )
+    plan = [first]
+    for index in range(dense.layers):
+        plan += _mixed_layer(dense, f"model.layers.{index}.", tensors, weights, router)
+    return (*plan, *last)
+
+
+def _mixed_layer(
+    dense: Dense,
+    prefix: str,
+    tensors: Mapping[str, TensorSpec],
+    weights: Sequence[float],
+    router: Normal,
+) -> Iterator[Planned]:
+    target, parts = dense.family.target, dense.parts()
+    everyone = range(len(weights))
+    ffn = {*target.experts.values(), *(name for names in target.fused.values() for name in names)}
+    dtypes = {name: tensors[prefix + part.name].dtype for name, part in parts.items()}
+
+    def planned(
+        name: str, dtype: str, shape: tuple[int, ...], op: Copy | Mean | Stack | Normal
+    ) -> Planned:
+        return Planned(name=prefix + name, spec=TensorSpec(dtype=dtype, shape=shape), op=op)
+
+    def copy(model: int, part: Part) -> Copy:
+        return Copy(model=model, name=prefix + part.name, rows=part.rows)
+
+    for name, part in parts.items():
+        if name not in ffn:
+            op = _mean(prefix + part.name, weights, part.rows)
+            yield planned(name, dtypes[name], part.shape, op)
+    dtype = dtypes[_FFN]
+    yield planned(target.router, dtype, (len(weights), *dense.shape("H")), router)
+    for expert in everyone:
+        for name, source in target.experts.items():
+            part = parts[source]
+            yield planned(name.format(expert), dtypes[source], part.shape, copy(expert, part))
+    for name, sources in target.fused.items():
+        shape = parts[sources[0]].shape
+        every = tuple(copy(expert, parts[source]) for expert in everyone for source in sources)
+        whole = (len(weights), len(sources) * shape[0], *shape[1:])
+        yield planned(name, dtypes[sources[0]], whole, Stack(parts=every, shape=shape))
+    for name, text in target.zeros.items():
+        yield planned(name, dtype, dense.shape(text), Normal(std=0.0, seed=0))
 
 
 def mixed_config(
@@ -395,14 +388,16 @@ def mixed_config(
     """
     assert 1 <= top_k <= experts, (top_k, experts)
     rope = dict(dense.fields["rope_parameters"])
+    target = dense.family.target
     return {
-        **dense.family.target,
+        **target.fields,
         **dense.fields,
+        **{name: dense.fields[source] for name, source in target.renamed.items()},
         "rope_parameters": rope,
-        # Readers older than `rope_parameters` take the target's own default, 1e6, without this.
+        # Readers older than `rope_parameters` take the target's own default without this.
         "rope_theta": rope["rope_theta"],
         "dtype": _CONFIG_DTYPES[tensors["model.embed_tokens.weight"].dtype],
-        "num_local_experts": experts,
+        target.count: experts,
         "num_experts_per_tok": top_k,
         "router_aux_loss_coef": alpha,
     }
@@ -410,32 +405,20 @@ def mixed_config(
 
 def count_parameters(dense: Dense, *, experts: int = 0, top_k: int = 0) -> Parameters:
     """Parameters of the dense model, or of the mixed one with `experts` of which `top_k` run."""
-    ffn = other = 0
-    for name, shape in dense.shapes().items():
-        size = 1
-        for length in shape:
-            size *= length
-        if _split(name)[1] in dense.family.experts:
-            ffn += size
-        else:
-            other += size
+    shapes = dense.shapes()
     if not experts:
-        return Parameters(total=other + ffn, active=other + ffn)
-    other += dense.layers * experts * int(dense.fields["hidden_size"])
-    return Parameters(total=other + experts * ffn, active=other + top_k * ffn)
+        total = sum(map(math.prod, shapes.values()))
+        return Parameters(total=total, active=total)
+    header = {name: TensorSpec(dtype="F32", shape=shape) for name, shape in shapes.items()}
+    plan = mix_plan(dense, header, [1.0] * experts, Normal(std=0.0, seed=0))
+    total = sum(math.prod(tensor.spec.shape) for tensor in plan)
+    expert = 3 * dense.layers * math.prod(dense.shape("I H"))
+    return Parameters(total=total, active=total - (experts - top_k) * expert)
 
 
-def _mean(name: str, spec: TensorSpec, weights: Sequence[float]) -> Planned:
+def _mean(name: str, weights: Sequence[float], rows: Rows | None = None) -> Mean:
     assert min(weights) >= 0 and sum(weights) > 0, weights
-    return Planned(name=name, spec=spec, op=Mean(name=name, weights=tuple(weights)))
-
-
-def _split(name: str) -> tuple[str, str]:
-    """A layer's tensor as (`model.layers.L.`, rest); others as (name, nothing)."""
-    parts = name.split(".", 3)
-    if parts[:2] != ["model", "layers"]:
-        return name, ""
-    return ".".join(parts[:3]) + ".", parts[3]
+    return Mean(name=name, weights=tuple(weights), rows=rows)
 
 
 def _check_counts(fields: Mapping[str, Any], where: str) -> None:
@@ -447,7 +430,9 @@ def _check_counts(fields: Mapping[str, Any], where: str) -> None:
             raise FamilyError(where, name, f"{name} is {value!r}, not a positive integer")
 
 
-def _rope(config: Mapping[str, Any], max_positions: object, where: str) -> dict[str, Any]:
+def _rope(
+    config: Mapping[str, Any], family: Family, max_positions: object, where: str
+) -> dict[str, Any]:
     """The rope parameters in one form, with the precedence of stock transformers 5.23."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     given = config.get(key) or {}
@@ -457,13 +442,20 @@ def _rope(config: Mapping[str, Any], max_positions: object, where: str) -> dict[
         if name not in ROPE_FIELDS:
             raise FamilyError(where, f"{key}.{name}", f"field '{key}.{name}' is unknown")
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ROPE_TYPES:
+    if kind not in family.rope_types:
+        kinds = ", ".join(family.rope_types)
         raise FamilyError(
             where,
             f"{key}.rope_type",
-            f"{key}.rope_type {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})",
+            f"{key}.rope_type {kind!r} is not supported (supported: {kinds})",
         )
-    rope = {name: value for name, value in given.items() if name != "type"} | {"rope_type": kind}
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        name = f"{key}.partial_rotary_factor"
+        value = given["partial_rotary_factor"]
+        raise FamilyError(where, name, f"{name} is {value!r}, only 1.0 can be mixed")
+    said = {"type", "partial_rotary_factor"}
+    rope = {name: value for name, value in given.items() if name not in said}
+    rope["rope_type"] = kind
     theta = rope.setdefault("rope_theta", config.get("rope_theta", ROPE_THETA))
     if not isinstance(theta, int | float):
         raise FamilyError(where, "rope_theta", f"rope_theta is {theta!r}, not a number")

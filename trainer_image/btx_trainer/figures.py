@@ -19,7 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from btx_trainer.scores import Curve, Report, RoutingTable, Row
+from btx_trainer.analysis import RoutingTable
+from btx_trainer.scores import Curve, Report, Row
 from btx_trainer.sentences import count
 
 SERIES = 8
@@ -128,8 +129,8 @@ def _line(axes: Axes, curve: Curve, color: str) -> None:
 
 
 def heatmaps(table: RoutingTable, name: str) -> str:
-    """Routing shares: one panel per domain, layers down, experts across."""
-    names, layers = list(table.domains), len(table.layers)
+    """Routing shares: one panel per domain and task, layers down, experts across."""
+    names, layers = list(table.text), len(table.layers)
     columns = min(len(names), 4 if len(table.experts) <= 8 else 2)
     rows = -(-len(names) // columns)
     high = max(1.1, min(0.3, 6 / layers) * layers) + 1.0
@@ -151,14 +152,14 @@ def _spaced() -> ConstrainedLayoutEngine:
 
 
 def _panel(axes: Axes, table: RoutingTable, domain: str) -> None:
-    shares = np.array(table.domains[domain])
+    shares = np.array(table.text[domain])
     layers, experts = shares.shape
     most = 1 / table.k if table.unit == "slots" else 1.0
     image = np.empty((layers, experts, 4))
     image[..., :3] = HEAT
     image[..., 3] = OPAQUE * np.clip(shares / most, 0, 1)
     axes.imshow(image, aspect="auto", interpolation="none")
-    axes.set_title(domain, color=INK)
+    axes.set_title(f"task {domain}" if domain in table.tasks else domain, color=INK)
     if experts <= MAX_NUMBERS:
         upright = experts > 6 or max(map(len, table.experts)) > 7
         axes.set_xticks(range(experts), table.experts, rotation=90 if upright else 0)
@@ -174,6 +175,67 @@ def _panel(axes: Axes, table: RoutingTable, domain: str) -> None:
         return
     for (layer, expert), share in np.ndenumerate(shares):
         axes.text(expert, layer, f"{share:.0%}".rstrip("%"), ha="center", va="center", fontsize=8)
+
+
+def histograms(table: RoutingTable, name: str) -> str:
+    """Routing probabilities: one panel per expert, layers down, probability across."""
+    shares = np.sqrt(np.array(table.histograms))
+    layers, experts, bins = shares.shape
+    shown = min(experts, MAX_NUMBERS)
+    columns = min(shown, 4)
+    rows = -(-shown // columns)
+    high = max(1.1, min(0.3, 6 / layers) * layers) + 0.8
+    with _style(name):
+        figure = Figure(figsize=(8.6, rows * high), layout=_spaced())
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        for expert, axes in enumerate(grid[:shown]):
+            image = np.empty((layers, bins, 4))
+            image[..., :3], image[..., 3] = HEAT, OPAQUE * shares[:, expert]
+            extent = (0, 1, layers - 0.5, -0.5)
+            axes.imshow(image, aspect="auto", interpolation="none", extent=extent)
+            axes.set_title(table.experts[expert], color=INK)
+            axes.yaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+            axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+            axes.grid(axis="y", visible=False)
+        for axes in grid[shown:]:
+            axes.set_visible(False)
+        for axes in grid[::columns]:
+            axes.set_ylabel("layer")
+        return _svg(figure, f"Routing probability by layer and expert, {table.role} model", name)
+
+
+def profile(table: RoutingTable, name: str) -> str:
+    """By layer: load of the most and least used expert, entropy, distance from the layer before."""
+    layers, experts = range(len(table.layers)), len(table.experts)
+    with _style(name):
+        figure = Figure(figsize=(8.6, 2.9), layout="constrained")
+        load, entropy, distance = figure.subplots(1, 3)
+        mark: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.4}
+        load.plot(layers, [part.most for part in table.layers], color=INK, label="most", **mark)
+        load.plot(
+            layers, [part.least for part in table.layers], color=MUTED, label="least",
+            linestyle=(0, (1, 1)), **mark,
+        )  # fmt: skip
+        load.axhline(1 / experts, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        load.set_title(f"share of {table.unit}", color=INK)
+        load.legend(loc="best")
+        load.set_ylim(bottom=0)
+        most = np.log(experts) if experts > 1 else 1.0
+        entropy.plot(layers, [part.entropy / most for part in table.layers], color=INK, **mark)
+        entropy.set_title("entropy, of its maximum", color=INK)
+        entropy.set_ylim(0, 1.05)
+        for i, (domain, values) in enumerate(table.distances.items()):
+            if i < SERIES:
+                distance.plot(layers[1:], values[1:], color=_color(i), label=domain, **mark)
+        distance.set_title("distance from the layer before", color=INK)
+        distance.set_ylim(0, max(0.05, 1.1 * max(max(v) for v in table.distances.values())))
+        for axes in (load, entropy, distance):
+            axes.set_xlabel("layer")
+            axes.set_xlim(-0.4, len(layers) - 0.6)
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+        if len(layers) > 1:
+            distance.legend(loc="best", fontsize=8)
+        return _svg(figure, f"Load, entropy and distance by layer, {table.role} model", name)
 
 
 def _style(salt: str) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from btx_api.spec import Source, Storage
 
 from btx_trainer.sources import ending, list_files
-from btx_trainer.storage import MODEL_FILES, Head, Store
+from btx_trainer.storage import MODEL_FILES, READ_BYTES, Head, Store, traffic
 
 SETTLED_SECONDS = 2
 """A younger file may change once more within one tick of its mtime: its hash is not kept."""
@@ -128,5 +128,9 @@ def _cache() -> sqlite3.Connection:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+            traffic.moved()
+    return digest.hexdigest()

@@ -2,8 +2,9 @@
 
 `train` is the whole story; read it first. Every draw depends on (randomSeed, step) alone, so the
 state of a run is its step, weights, moments and records, and a resumed run ends in the same bits.
-Called by the stages train and finetune. One process today; with more ranks three sums of
-`_gradients` go over them: the targets, the balance terms, the gradients.
+Called by the stages train and finetune, on one rank or on several: each takes its samples of every
+batch, four sums of `_gradients` go over all (targets, balance terms, loss, slots), FSDP2 adds up
+the gradients, and whatever decides what happens next is agreed.
 """
 
 import json
@@ -11,9 +12,10 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import islice
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,14 @@ from typing import Any
 import torch
 from btx_api.artifact import HISTORY
 from btx_api.spec import Phase, Train
-from btx_api.stage import Kind, Progress
+from btx_api.stage import MICRO_BATCH_TOKENS, Kind, Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from btx_trainer import optim, shards
 from btx_trainer.checkpoint import Checkpoint, Checkpoints
 from btx_trainer.data import Batch, Sampler, held_out_batches
-from btx_trainer.distributed import Compute, set_up
+from btx_trainer.distributed import Compute, forward, place_model, set_up
 from btx_trainer.errors import ConfigurationError, PreemptedError, TrainerError
 from btx_trainer.model import chunked_cross_entropy, forward_hidden, load_model, save_model
 from btx_trainer.routing import (
@@ -53,8 +55,6 @@ log = logging.getLogger(__name__)
 Part = tuple[Tensor, Tensor, Tensor]
 """input_ids, position_ids and labels of a micro-batch, each [sequences, length]."""
 
-MICRO_BATCH_TOKENS = 16_384
-"""Of a forward pass, unless scheduling says how many sequences."""
 HISTORY_LINES = 2000
 """At most so many lines in the history of a stage, evenly spread."""
 AVERAGED = 10
@@ -66,7 +66,7 @@ class Job:
     """What a stage gives the loop."""
 
     model: PreTrainedModel
-    """fp32, on the device, with its rule installed and its scope frozen."""
+    """fp32, with its rule installed and its scope frozen; `train` puts it on the device."""
     source: Path
     """The folder it came from: its config, tokenizer and dtype go into the artifact."""
     recipe: Train
@@ -107,8 +107,14 @@ def begin(work: Work, recipe: Train, phases: Sequence[Phase]) -> Job:
         name for phase in phases for name, weight in phase.domains.items() if weight
     )
     length = recipe.sequence_length
+    sequences, world = recipe.batch_tokens // length, compute.ranks.world
+    if sequences % world:
+        raise ConfigurationError(
+            f"execution.{work.stage.kind}.processes",
+            f"{world} ranks cannot share the {sequences} sequences of a batch evenly",
+        )
     return Job(
-        model=model.to(compute.device), source=source, recipe=recipe, compute=compute,
+        model=model, source=source, recipe=recipe, compute=compute,
         domains=domains, held_out=[domains[name] for name in used],
         data=Sampler(
             phases=phases, domains=domains, sequence_length=length,
@@ -124,8 +130,10 @@ def train(work: Work, job: Job) -> Made:
     Raises PreemptedError when asked to stop, the last step saved; TrainerError naming step and
     samples when the loss or the gradient is not finite.
     """
+    place_model(job.model, job.compute)
+    ranks = job.compute.ranks
     run = _Run(work, job)
-    checkpoints = Checkpoints(work.store, work.stage, work.out.token)
+    checkpoints = Checkpoints(work.store, work.stage, work.out.token, ranks.another())
     if found := checkpoints.latest():
         run.restore(found)
     resumed, interval = run.step, work.execution.scheduling.checkpoint_seconds
@@ -140,11 +148,14 @@ def train(work: Work, job: Job) -> Made:
         due = time.monotonic() + interval
         while run.step < job.data.steps:
             run.note(_step(job, run.optimizer, run.step), checkpoints.committed)
+            late, busy, stop = ranks.any(time.monotonic() >= due, checkpoints.busy, work.stopping())
             # Storage slower than the interval must not hold up the steps.
-            if time.monotonic() >= due and not checkpoints.busy:
+            if late and not busy:
+                _settle(checkpoints)
                 checkpoints.save(run.checkpoint())
                 due = time.monotonic() + interval
-            run.stop_if_asked()
+            if stop:
+                raise run.preempted()
         run.measure("loss_after")
     except PreemptedError:
         _settle(checkpoints)
@@ -159,7 +170,7 @@ def train(work: Work, job: Job) -> Made:
 
 
 def _settle(checkpoints: Checkpoints) -> None:
-    """Waits for the checkpoint that is being written; a newer state makes its failure harmless."""
+    """Waits for the checkpoint that is being written; a newer one makes its failure harmless."""
     try:
         checkpoints.wait()
     except OSError as error:
@@ -191,9 +202,9 @@ class _Taken:
 def _step(job: Job, optimizer: torch.optim.Optimizer, step: int) -> _Taken:
     """One update of the weights."""
     # What a step draws depends on nothing before it, so that no generator's state is kept.
-    torch.manual_seed((job.recipe.random_seed << 32) + step)
+    torch.manual_seed(_draw(job, step))
     loss, balance, load = _gradients(job, step)
-    norm = optim.gradient_norm(optimizer)
+    norm = optim.gradient_norm(optimizer, job.compute.ranks)
     numbers = torch.stack([loss, norm]).tolist()
     if not all(map(math.isfinite, numbers)):
         size = job.data.batch_size
@@ -207,38 +218,49 @@ def _step(job: Job, optimizer: torch.optim.Optimizer, step: int) -> _Taken:
     return _Taken(loss=numbers[0], grad_norm=numbers[1], lr=lr, balance=balance, load=load)
 
 
+def _draw(job: Job, step: int) -> int:
+    """Seed of what a rank draws in a step (dropout): another on every rank."""
+    return ((job.recipe.random_seed << 32) + step + (job.compute.ranks.rank << 56)) % 2**63
+
+
 def _gradients(job: Job, step: int) -> tuple[Tensor, float | None, list[list[float]]]:
     """Adds the gradients of one batch; its loss, and the balance and load of an MoE model.
 
-    The micro-batch changes no more than rounding: the loss is divided by the targets of the whole
-    batch, and the balancing loss is of the whole batch, by a first pass without gradient.
+    Neither micro-batch nor ranks change more than rounding: the loss is divided by the targets of
+    the whole batch, and the balancing loss is of the whole batch, by a first pass without gradient.
     """
-    batch = job.data.batch(step)
+    ranks = job.compute.ranks
+    batch = job.data.batch(step, ranks.rank, ranks.world)
+    targets = job.compute.total(batch.targets)[0]
     parts = parts_of(batch, job)
-    whole = _whole_terms(job, parts, step) if len(parts) > 1 and job.alpha else None
+    known = _whole_terms(job, parts, step) if len(parts) > 1 and job.alpha else None
     total, terms, counts = torch.zeros((), device=job.compute.device), [], []
-    for ids, positions, labels in parts:
-        hidden, layers = _hidden(job, ids, positions, step)
-        loss = _nll(job, hidden, labels) / batch.targets
+    for part in parts:
+        nats, layers = _forward(job, *part, step)
+        loss = nats / targets
         total += loss.detach()
         if layers:
-            part = balance_terms(layers)
-            # A single part is the whole; with alpha 0 it does not matter.
-            loss = loss + balancing_share(part, whole or part.all_reduced(), job.alpha)
-            terms.append(part.all_reduced())
+            own = balance_terms(layers)
+            # A single part is all that the rank has; with alpha 0 it does not matter.
+            whole = known or own.all_reduced(ranks.add if len(parts) == 1 else None)
+            loss = loss + balancing_share(own, whole, job.alpha)
+            terms.append(own.all_reduced())
             counts.append(slot_counts(layers)[0])
         torch.autograd.backward(loss)
+    ranks.add(total)
     if not terms:
         return total, None, []
-    balance = balancing_loss(reduce(add, terms), alpha=1.0) / len(counts[0])
-    return total, balance.item(), shares(reduce(add, counts)).tolist()
+    sums, slots = reduce(add, terms).all_reduced(ranks.add), reduce(add, counts)
+    ranks.add(slots)
+    balance = balancing_loss(sums, alpha=1.0) / len(slots)
+    return total, balance.item(), shares(slots).tolist()
 
 
 @torch.no_grad()
 def _whole_terms(job: Job, parts: Sequence[Part], step: int) -> BalanceTerms:
-    """The balance terms of a batch of several micro-batches, as constants."""
-    layers = (_hidden(job, ids, positions, step)[1] for ids, positions, _ in parts)
-    return reduce(add, map(balance_terms, layers)).all_reduced()
+    """The balance terms of a batch of several micro-batches and ranks, as constants."""
+    layers = (_forward(job, *part, step)[1] for part in parts)
+    return reduce(add, map(balance_terms, layers)).all_reduced(job.compute.ranks.add)
 
 
 def parts_of(batch: Batch, job: Job) -> list[Part]:
@@ -248,32 +270,39 @@ def parts_of(batch: Batch, job: Job) -> list[Part]:
     return list(zip(*pieces, strict=True))
 
 
-def _hidden(
-    job: Job, ids: Tensor, positions: Tensor, step: int
+def _forward(
+    job: Job, ids: Tensor, positions: Tensor, labels: Tensor, step: int
 ) -> tuple[Tensor, list[LayerRouting]]:
-    with job.compute.autocast(), record(job.model, step) as layers:
-        hidden = forward_hidden(job.model, ids, positions)
-    return hidden, layers
+    """The sum of the nats of a micro-batch, [], and what each router did."""
 
+    def nats(model: PreTrainedModel) -> Tensor:
+        with job.compute.autocast():
+            hidden = forward_hidden(model, ids, positions)
+        head = model.get_output_embeddings().weight
+        with job.compute.autocast():
+            return chunked_cross_entropy(hidden, head, labels)[0]
 
-def _nll(job: Job, hidden: Tensor, labels: Tensor) -> Tensor:
-    head = job.model.get_output_embeddings().weight
-    with job.compute.autocast():
-        return chunked_cross_entropy(hidden, head, labels)[0]
+    with record(job.model, step) as layers:
+        found = forward(job.model, nats)
+    return found, layers
 
 
 @torch.no_grad()
-def held_out_loss(job: Job, batches: Iterable[Batch]) -> float | None:
-    """Nats per target by the rule of inference; None if there is nothing to predict."""
+def held_out_loss(job: Job, batches: Iterator[Batch]) -> float | None:
+    """Nats per target by the rule of inference; None if there is nothing to predict.
+
+    The ranks take the batches in turn, and all run the model equally often.
+    """
     job.model.eval()
+    ranks = job.compute.ranks
     nats, targets = 0.0, 0
-    for batch in batches:
-        targets += batch.targets
-        for ids, positions, labels in parts_of(batch, job):
-            hidden = _hidden(job, ids, positions, 0)[0]
-            nats += _nll(job, hidden, labels).item()
+    while turn := list(islice(batches, ranks.world)):
+        targets += sum(batch.targets for batch in turn)
+        mine = ranks.rank < len(turn)
+        for part in parts_of(turn[ranks.rank if mine else 0], job):
+            nats += mine * _forward(job, *part, 0)[0].item()
     job.model.train()
-    return nats / targets if targets else None
+    return job.compute.total(nats)[0] / targets if targets else None
 
 
 class _Run:
@@ -298,7 +327,8 @@ class _Run:
             "metrics": self.metrics, "history": self.history, "experts": self._experts.state(),
         }  # fmt: skip
         arrays = optim.snapshot(self._job.model, self.optimizer, self._buffers)
-        return Checkpoint(step=self.step, arrays=arrays, state=state)
+        rows = optim.rows(self._job.model, arrays)
+        return Checkpoint(step=self.step, arrays=arrays, rows=rows, state=state)
 
     def restore(self, found: Checkpoint) -> None:
         """Goes on where the checkpoint was taken."""
@@ -307,10 +337,9 @@ class _Run:
         self.metrics, self.history = dict(found.state["metrics"]), list(found.state["history"])
         self._experts.restore(found.state["experts"])
 
-    def stop_if_asked(self) -> None:
-        """Between two steps, or two batches of a measurement."""
-        if self._work.stopping():
-            raise PreemptedError("", f"asked to stop after step {self.step}")
+    def preempted(self) -> PreemptedError:
+        """The error of a stage that was asked to stop."""
+        return PreemptedError("", f"asked to stop after step {self.step}")
 
     def measure(self, name: str) -> None:
         """The mean over the held-out splits of the domains; no metric if all are empty."""
@@ -327,7 +356,8 @@ class _Run:
             split, sequence_length=recipe.sequence_length, max_tokens=recipe.held_out_tokens,
             batch_size=self._job.micro_batch,
         ):  # fmt: skip
-            self.stop_if_asked()
+            if self._job.compute.ranks.any(self._work.stopping())[0]:
+                raise self.preempted()
             self._publish("evaluating")
             yield batch
 
@@ -408,7 +438,10 @@ def _put(work: Work, job: Job, history: Sequence[Mapping[str, Any]]) -> None:
     mixed; the config and the tokenizer are the input's own bytes.
     """
     folder = work.scratch / "model"
-    save_model(job.model, folder, _stored_dtype(job.source))
+    main = job.compute.ranks.rank == 0
+    save_model(job.model, folder, _stored_dtype(job.source), main=main)
+    if not main:
+        return
     for path in sorted(folder.iterdir()):
         if path.match("*.safetensors*"):
             work.out.add(path, path.name)

@@ -21,8 +21,9 @@ from btx_trainer.families import (
     check_tensors,
     read_config,
 )
+from btx_trainer.numerics import DTYPES
 from btx_trainer.storage import MODEL_FILES, Sink
-from btx_trainer.weights import DTYPES, Checkpoint, LocalFolder, open_checkpoint, write_plan
+from btx_trainer.weights import Checkpoint, LocalFolder, open_checkpoint, write_plan
 from btx_trainer.work import Made, Work
 
 _MADE_HERE = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -41,7 +42,7 @@ def open_models(work: Work) -> tuple[Dense, list[Checkpoint]]:
     dense = read_config(seed.config, seed.where)
     check_tensors(dense, seed.tensors, seed.where)
     for member in members:
-        read = read_config(member.config, member.where)
+        read = read_config(member.config, member.where, dense)
         check_member(dense, read, member.where)
         check_tensors(read, member.tensors, member.where)
         check_dtypes(seed.tensors, member.tensors, member.where)

@@ -16,14 +16,17 @@ from btx_api.spec import Trainable
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from btx_trainer.distributed import whole
 from btx_trainer.errors import ConfigurationError
 
 IGNORED = -100
 """Label of a position that has no loss."""
+
+LOGIT_ROWS = 512
+"""Of the loss head: so many rows of logits at once."""
 
 ExpertsImplementation = Literal["grouped_mm", "eager"]
 """batched_mm gathers the weights of one expert per token and slot: out of memory, or swapping."""
@@ -96,19 +99,25 @@ def new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     return model
 
 
-def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> list[str]:
+def save_model(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype, *, main: bool = True
+) -> list[str]:
     """Writes the model in HF layout, every tensor in `dtype`, routers too; returns the file names.
+
+    Of several ranks all must call it, and the `main` one writes: it gathers tensor by tensor.
 
     The tensors have the family's names on disk, which for a Mixtral are one w1, w2 and w3 per
     expert. The same weights give the same bytes. The tokenizer is not written.
     """
     # A tied head is stored once: its copy in another dtype would no longer look tied.
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    state = {
-        name: tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
+    state = {}
+    for name, tensor in model.state_dict().items():
+        all_rows = whole(tensor)
+        if main and name not in tied:
+            state[name] = all_rows.to("cpu", dtype) if tensor.is_floating_point() else all_rows
+    if not main:
+        return []
     transformers_logging.disable_progress_bar()
     model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
     # It took the dtype of the master weights, and readers of a config believe it.
@@ -122,40 +131,112 @@ def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> list
 def forward_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Final hidden states, after the last norm, [sequences, length, hidden]; no cache, no mask.
 
+    The head's weight times them is the logits: a Granite divides those by `logits_scaling`, so it
+    is divided out here.
+
     Packed documents cannot see each other if the positions of each start again at 0. A cache (on
     by default) or an attention mask would let them, without a warning (trainer.md 1.5).
     """
     output = model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     hidden: Tensor = output.last_hidden_state
-    return hidden
-
-
-def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight).float()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    scaling = getattr(model.config, "logits_scaling", 1.0)
+    return hidden if scaling == 1.0 else hidden / scaling
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 1024
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = LOGIT_ROWS
 ) -> tuple[Tensor, Tensor]:
     """Sum of the negative log-likelihood (nats, fp32) and number of labels that count, both [].
 
     hidden [..., hidden size], weight of the head [vocabulary, hidden size], labels [...], each
-    already the token to predict at its place or IGNORED. At most `chunk` rows of logits are alive:
-    the backward pass computes them again.
+    already the token to predict at its place or IGNORED. At most `chunk` rows of logits are alive.
     """
-    rows = torch.split(hidden.reshape(-1, hidden.shape[-1]), chunk)
-    targets = torch.split(labels.reshape(-1), chunk)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for row, target in zip(rows, targets, strict=True):
-        total = total + checkpoint(_chunk_loss, row, weight, target, use_reentrant=False)
-    return total, (labels != IGNORED).sum()
+    targets = labels.reshape(-1)
+    total: Tensor = _Nats.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets, chunk, torch.is_grad_enabled()
+    )
+    return total, (targets != IGNORED).sum()
+
+
+class _Nats(torch.autograd.Function):
+    """The gradients are made in the forward pass, chunk by chunk, when the logits are there.
+
+    They are of the sum; the backward pass only scales them. No product is made twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, chunk: int, graph: bool
+    ) -> Tensor:
+        """rows [n, hidden size], weight [vocabulary, hidden size], targets [n] -> []."""
+        device, want = rows.device.type, [graph and need for need in ctx.needs_input_grad[:2]]
+        cast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if cast else rows.dtype
+        into = (
+            torch.empty_like(rows) if want[0] else None,
+            torch.zeros_like(weight, dtype=torch.float32) if want[1] else None,
+        )
+        total = rows.new_zeros((), dtype=torch.float32)
+        # The casts are explicit: autocast would keep a weight that was cast without a graph.
+        with torch.autocast(device, enabled=False):
+            head = weight.to(dtype)
+            for start in range(0, len(rows), chunk):
+                part = slice(start, start + chunk)
+                x, target = rows[part].to(dtype), targets[part]
+                found = F.log_softmax(F.linear(x, head).float(), -1)
+                total += F.nll_loss(found, target, ignore_index=IGNORED, reduction="sum")
+                if any(want):
+                    by_row = None if into[0] is None else into[0][part]
+                    _add_gradients(found, x, head, target, (by_row, into[1]))
+        ctx.save_for_backward(*into)
+        ctx.dtypes = rows.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        """The kept gradients times the slope of the sum."""
+        scaled = (
+            None if kept is None else (kept * slopes[0]).to(dtype)
+            for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None, None
+
+
+def _add_gradients(
+    log_probabilities: Tensor,
+    x: Tensor,
+    head: Tensor,
+    target: Tensor,
+    into: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Sets the gradient of a chunk's rows, adds to that of the weight; overwrites the first."""
+    counts = (target != IGNORED)[:, None]
+    place = target.clamp_min(0)[:, None]
+    slope = log_probabilities.exp_()
+    slope.scatter_(1, place, slope.gather(1, place) - 1)
+    slope = slope.to(x.dtype)
+    by_row, by_weight = into
+    if by_row is not None:
+        by_row.copy_(torch.mm(slope, head) * counts)
+    if by_weight is None:
+        return
+    # A masked x is the cheapest way to leave rows out.
+    x = x * counts
+    if x.dtype == by_weight.dtype:
+        by_weight.addmm_(slope.T, x)
+    else:
+        by_weight += torch.mm(slope.T, x).to(by_weight.dtype)
+
+
+def is_expert(parameter: str) -> bool:
+    """Whether it is one of the tensors that hold a layer's experts, by name in memory."""
+    return ".experts." in parameter
 
 
 def _trainable(name: str, scope: Trainable) -> bool:
     if scope is Trainable.ROUTER:
-        return ".mlp.gate." in name
-    return scope is Trainable.ALL or ".mlp.experts." not in name
+        return ".mlp.gate." in name or ".block_sparse_moe.router." in name
+    return scope is Trainable.ALL or not is_expert(name)
 
 
 def freeze(model: nn.Module, scope: Trainable) -> None:

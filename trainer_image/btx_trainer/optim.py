@@ -12,9 +12,11 @@ import torch
 from btx_api.spec import Optimizer
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
+from btx_trainer.distributed import own
 from btx_trainer.model import parameter_groups
+from btx_trainer.ranks import Ranks
 
 Arrays = dict[str, NDArray[np.float32]]
 """Trainable parameters and optimizer state by name, on the host."""
@@ -47,16 +49,22 @@ def adamw(model: nn.Module, recipe: Optimizer) -> torch.optim.AdamW:
     )
 
 
-def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Global 2-norm of the gradients, []."""
-    return get_total_norm([p.grad for p in _parameters(optimizer) if p.grad is not None])
+def gradient_norm(optimizer: torch.optim.Optimizer, ranks: Ranks) -> Tensor:
+    """Global 2-norm of the gradients, [], on every rank."""
+    norm = get_total_norm(_gradients(optimizer))
+    if ranks.world > 1:
+        # Every parameter is cut by rows, so that each gradient is counted once.
+        norm = norm.square()
+        ranks.add(norm)
+        norm = norm.sqrt()
+    return norm
 
 
 def update(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, clip: float) -> None:
     """One step of AdamW after clipping to the global norm `clip` (0: none); drops the gradients."""
-    # As torch clips: by clip / (norm + 1e-6), never up.
-    if clip:
-        clip_grads_with_norm_(_parameters(optimizer), clip, norm)
+    # As torch clips, but each rank its own rows.
+    if clip and (gradients := _gradients(optimizer)):
+        torch._foreach_mul_(gradients, torch.clamp(clip / (norm + 1e-6), max=1.0))
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -67,7 +75,7 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, into: dict[str,
     """Copies what training changes into host memory; `into` keeps the buffers for the next call.
 
     Names are `weight/<parameter>` and `<moment>/<parameter>`. Frozen parameters are left out: they
-    are in the stage's input.
+    are in the stage's input. Of several ranks each copies the rows it has.
     """
     for name, tensor in _state(model, optimizer):
         if name not in into:
@@ -77,6 +85,12 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, into: dict[str,
         # The copies to pinned memory are under way; the next step would change what they read.
         torch.cuda.synchronize()
     return {name: buffer.numpy() for name, buffer in into.items()}
+
+
+def rows(model: nn.Module, arrays: Arrays) -> dict[str, int]:
+    """How many rows the whole of each array of a `snapshot` has; scalars are left out."""
+    lengths = {name: p.shape[0] for name, p in model.named_parameters()}
+    return {key: lengths[key.split("/", 1)[1]] for key, array in arrays.items() if array.ndim}
 
 
 def restore(
@@ -91,20 +105,24 @@ def restore(
             what, name = key.split("/", 1)
             parameter = parameters[name]
             if what != WEIGHT:
-                fresh = torch.empty(array.shape, device=parameter.device)
-                optimizer.state[parameter][what] = fresh
+                optimizer.state[parameter][what] = (
+                    torch.empty_like(parameter)
+                    if array.ndim
+                    else torch.empty((), device=parameter.device)
+                )
             target: Tensor = parameter if what == WEIGHT else optimizer.state[parameter][what]
-            target.copy_(torch.from_numpy(array))
+            own(target).copy_(torch.from_numpy(array))
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [own(p.grad) for p in parameters if p.grad is not None]
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield f"{WEIGHT}/{name}", parameter.detach()
+            yield f"{WEIGHT}/{name}", own(parameter.detach())
             moments: dict[str, Any] = optimizer.state.get(parameter, {})
             for what, tensor in moments.items():
-                yield f"{what}/{name}", tensor
+                yield f"{what}/{name}", own(tensor)

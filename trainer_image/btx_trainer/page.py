@@ -11,12 +11,27 @@ from importlib.resources import files
 from btx_api.spec import GENERAL
 
 from btx_trainer import figures
-from btx_trainer.scores import Report, RoutingTable, Score
-from btx_trainer.sentences import compare, count, listed, sentences, signed
-from btx_trainer.table import Line, Runs, Table, loss_table
+from btx_trainer.analysis import RoutingTable
+from btx_trainer.scores import Report, Row, Score
+from btx_trainer.sentences import compare, count, listed, percent, sentences, signed
+from btx_trainer.table import (
+    RETAINED,
+    UNTRAINED,
+    Line,
+    Runs,
+    Table,
+    loss_table,
+    retained,
+    task_table,
+    tasks_of,
+)
 
 Cell = tuple[str, str]
 """CSS class and HTML."""
+EXCERPTS = 12
+"""Domains whose first tokens are shown."""
+VISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+"""What stands for characters that a line cannot show."""
 
 
 def page(runs: Runs) -> str:
@@ -28,6 +43,7 @@ def page(runs: Runs) -> str:
         _section("What the numbers say", _said(runs)),
         _section("Held-out loss", _losses(table)),
         _section("Gain and forgetting", _changes(table)),
+        _section("Tasks", _tasks(runs)),
         _section("Training", _each(runs, _training)),
         _section("Routing", _each(runs, _routing)),
         _section("How it was measured", _each(runs, _method)),
@@ -130,9 +146,10 @@ def _losses(table: Table) -> str:
         "each domain the same weight. The oracle takes each expert on its own domain. Parameters: "
         "those that a token uses, of all."
     )
+    caption += f" {UNTRAINED}." if table.untrained else ""
     return "\n".join(
         [
-            _table(["model", *table.domains, "mean", "parameters"], rows, caption),
+            _table(["model", *table.headers, "mean", "parameters"], rows, caption),
             _other(table, "Perplexity", lambda s: f"{s.perplexity:.2f}", "exp(loss), per token."),
             _other(table, "Bits per byte", lambda s: f"{s.bits_per_byte:.3f}",
                    "Of the text predicted; comparable between tokenizers."),
@@ -153,7 +170,7 @@ def _other(table: Table, title: str, value: Callable[[Score], str], caption: str
         if row := line.row:
             shown = [value(row.scores[n]) if n in row.scores else "–" for n in table.domains]
             rows.append((_kind(line), [("", _e(line.title)), *(("", text) for text in shown)]))
-    return _details(title, _table(["model", *table.domains], rows, caption))
+    return _details(title, _table(["model", *table.headers], rows, caption))
 
 
 def _changes(table: Table) -> str:
@@ -173,8 +190,79 @@ def _changes(table: Table) -> str:
         "Loss of each model minus that of its run's seed on the same tokens: left of the dashed "
         "line a model gained on the domain, right of it it forgot.",
     )
-    numbers = _table(["model", *table.domains], rows, caption)
-    return figure + _details("The same in numbers", numbers)
+    numbers = _table(["model", *table.headers], rows, caption)
+    return figure + _retained(table) + _details("By domain, in numbers", numbers)
+
+
+def _retained(table: Table) -> str:
+    rows = []
+    for line in table.lines:
+        if line.row and line.row.role != "seed":
+            *changes, gap = retained(line.row)
+            cells = [_signed(value) for value in changes]
+            cells.append(("mean", "–" if gap is None else f"{gap:.0%}".replace("-", "−")))
+            rows.append((_kind(line), [("", _e(line.title)), *cells]))
+    caption = (
+        "Loss minus the seed's, nats per token: of an expert on its own domain, then the mean over "
+        "all other domains, the largest of those, and on general, the seed's own data (retention). "
+        "Gap closed: the share of the way from the seed to the oracle, over the domains with an "
+        "expert."
+    )
+    return _table(["model", *RETAINED], rows, caption)
+
+
+def _signed(value: float | None) -> Cell:
+    if value is None:
+        return "", "–"
+    change = round(value, 3)
+    return "good" if change < 0 else "bad" if change > 0 else "", signed(change)
+
+
+def _tasks(runs: Runs) -> str:
+    names, lines = tasks_of(runs), task_table(runs)
+    if not lines:
+        return ""
+    asked = {task.name: task for _, report in reversed(runs) for task in report.tasks}
+    rows: list[tuple[str, Sequence[Cell]]] = []
+    for title, row, cells in lines:
+        kind = "result" if row.role in ("final", "dense") else ""
+        shown = [("best" if cell.best else "", cell.percent) for cell in cells]
+        rows.append((kind, [("", _e(title)), *shown]))
+    chance = [asked[name].chance for name in names]
+    guesses = [("", "–" if value is None else percent(value)) for value in chance]
+    rows.append(("oracle", [("", "guessing"), *guesses]))
+    caption = (
+        "Share of the questions answered right; the highest of each column is marked. "
+        "MultipleChoice: the right choice has the largest log-likelihood. ExactMatch: the first "
+        "line of greedy decoding is one of the right answers, but for case, white space and a "
+        "final full stop."
+    )
+    per_byte = [
+        ("", [("", _e(title)), *(("", _per_byte(row, name)) for name in names)])
+        for title, row, _ in lines
+    ]
+    what = [
+        ("", [("", _e(name)), ("", t.kind), ("", f"{t.questions:,}"), ("", str(t.shots)),
+              ("", f"{t.cut:,}")])
+        for name, t in asked.items()
+    ]  # fmt: skip
+    return "\n".join([
+        _table(["model", *names], rows, caption),
+        _details("Accuracy by log-likelihood per byte", _table(
+            ["model", *names], per_byte,
+            "MultipleChoice only: the log-likelihood is divided by the UTF-8 bytes of the choice.",
+        )),
+        _details("What was asked", _table(
+            ["task", "kind", "questions", "shots", "cut"], what,
+            "Shots are the first records of the task's files and are not scored. Cut: questions of "
+            "which the oldest tokens did not fit the context.",
+        )),
+    ])  # fmt: skip
+
+
+def _per_byte(row: Row, task: str) -> str:
+    share = row.tasks[task].accuracy_per_byte if task in row.tasks else None
+    return "–" if share is None else percent(share)
 
 
 def _change(score: Score | None) -> Cell:
@@ -203,9 +291,10 @@ def _routed(table: RoutingTable, name: str) -> str:
     experts = len(table.experts)
     what = "the gate's weight" if table.unit == "weight" else "slots"
     when = "before" if table.role == "mixed" else "after"
+    tasks = " and task" if table.tasks else ""
     caption = (
         f"{when.title()} finetuning (the {table.role} model): share of {what} in per cent by layer "
-        f"and expert, one panel per domain; {table.k} of {experts} experts per token "
+        f"and expert, one panel per domain{tasks}; {table.k} of {experts} experts per token "
         f"({_e(table.method)}). Each row adds up to 100; an even share is {100 / experts:.0f}."
     )
     rows: list[tuple[str, Sequence[Cell]]] = []
@@ -219,7 +308,63 @@ def _routed(table: RoutingTable, name: str) -> str:
         "Mean over the domains. Entropy as a share of its maximum, ln of the number of experts.",
     )  # fmt: skip
     figure = _figure(figures.heatmaps(table, name), caption)
-    return figure + _details(f"Load by layer {when} finetuning", loads)
+    return "".join([
+        figure,
+        _details(f"Load by layer {when} finetuning", _profile(table, name) + loads),
+        _details(f"Routing probabilities {when} finetuning", _histograms(table, name)),
+        _details(f"Tokens and their experts {when} finetuning", _excerpts(table)),
+    ])  # fmt: skip
+
+
+def _profile(table: RoutingTable, name: str) -> str:
+    if not table.distances:
+        return ""
+    return _figure(
+        figures.profile(table, f"{name}-profile"),
+        "By layer: the share of the most and the least used expert, mean over the domains (dashed: "
+        "an even share); the entropy of the mean shares; the distance of a domain's shares from "
+        "those of the layer before, as total variation: 0 alike, 1 no expert in common.",
+    )
+
+
+def _histograms(table: RoutingTable, name: str) -> str:
+    if not table.histograms:
+        return ""
+    rest = len(table.experts) - figures.MAX_NUMBERS
+    more = f" {rest} more experts are in report.json only." if rest > 0 else ""
+    return _figure(
+        figures.histograms(table, f"{name}-histograms"),
+        "How probable the router finds each expert (softmax over all of them), one panel per "
+        "expert: of a layer's tokens, the darker the more have that probability (opacity is the "
+        f"root of their share). Mean over the domains.{more}",
+    )
+
+
+def _excerpts(table: RoutingTable) -> str:
+    if not table.excerpts:
+        return ""
+    key = "".join(_marked(name, i, name) for i, name in enumerate(table.experts))
+    found = list(table.excerpts.items())[:EXCERPTS]
+    parts = [f'<p class="note excerpt">{key}</p>']
+    for domain, shown in found:
+        parts.append(f"<h4>{_e(domain)}</h4>")
+        for layer, experts in zip(shown.layers, shown.experts, strict=True):
+            tokens = "".join(
+                _marked(token, expert, table.experts[expert])
+                for token, expert in zip(shown.tokens, experts, strict=True)
+            )
+            parts.append(f'<p class="excerpt"><i>layer {layer}</i>{tokens}</p>')
+    note = (
+        "The first held-out tokens of each domain, coloured by the expert with the largest weight "
+        f"in the first, the middle and the last layer. Colours repeat after {figures.SERIES}."
+    )
+    return "\n".join([*parts, f'<p class="note">{note}</p>'])
+
+
+def _marked(token: str, expert: int, name: str) -> str:
+    text = "".join(VISIBLE.get(c, c if c.isprintable() else "\ufffd") for c in token)
+    colour = expert % figures.SERIES
+    return f'<span class="e{colour}" title="{_e(name)}">{_e(text)}</span>'
 
 
 def _method(report: Report, _: str) -> str:
@@ -231,7 +376,9 @@ def _method(report: Report, _: str) -> str:
     )
     rows: list[tuple[str, Sequence[Cell]]] = []
     for domain in report.domains:
-        owner = f"{domain.expert} expert" if domain.expert else "none"
+        owner = f"{domain.expert} expert" if domain.expert else "no expert"
+        if domain.untrained:
+            owner = "nobody"
         if domain.name == GENERAL:
             owner += " (the seed's own data)"
         numbers = [("", f"{domain.tokens:,}"), ("", f"{domain.bytes:,}")]
@@ -249,6 +396,7 @@ def _deviations(report: Report, _: str) -> str:
 def _lineage(report: Report, _: str) -> str:
     found = [(row.title, row.origin) for row in report.models]
     found += [(f"held-out {domain.name}", domain.origin) for domain in report.domains]
+    found += [(f"task {task.name}", task.origin) for task in report.tasks]
     rows: list[tuple[str, Sequence[Cell]]] = [
         ("", [("", _e(title)), ("", f"<code>{_e(origin)}</code>")])
         for title, origin in found

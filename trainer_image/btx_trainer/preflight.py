@@ -9,16 +9,14 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
-from btx_api.methods import Graph, Members, graph
-from btx_api.names import run_record
-from btx_api.spec import GENERAL, BTXRunSpec, Method, RoutingMethod
+from btx_api.methods import Members, graph, task_source
+from btx_api.spec import GENERAL, BTXRunSpec, Method
 from btx_api.stage import Corrupt, Parameters, Preflight, Resolved, Stage
 
 from btx_trainer.artifacts import Artifact, find
-from btx_trainer.errors import CorruptInputError, TrainerError
+from btx_trainer.errors import ConfigurationError, CorruptInputError, TrainerError
 from btx_trainer.families import (
     Dense,
     TensorSpec,
@@ -32,10 +30,13 @@ from btx_trainer.fingerprint import (
     fingerprint_domain,
     fingerprint_model,
     fingerprint_source,
+    fingerprint_sources,
     fingerprint_tokenizer,
     tokenizer_key,
 )
+from btx_trainer.roots import write_record
 from btx_trainer.storage import Head, Store, open_outside, open_store
+from btx_trainer.tasks import read
 from btx_trainer.tokenizer import ByteTokenizer
 from btx_trainer.weights import open_checkpoint
 
@@ -72,6 +73,9 @@ class _Checks:
             text = f"{place.removeprefix(path)}: {text}" if place.startswith(path) else text
         except OSError as error:
             text = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+            if "://" in str(error.filename):
+                # What a server says may be long, and is cut at the end.
+                text = f"{error.filename}: {error.strerror}"
         except ValueError as error:
             text = str(error)
         else:
@@ -89,16 +93,17 @@ def preflight(asked: Preflight) -> Resolved:
     tokenizer = _tokenizer(spec, seed, checks)
     domains = _domains(spec, checks)
     models = _ready(spec, seed, checks)
-    if len(domains) + len(models) > MAX_FINGERPRINTS:
+    tasks = _tasks(spec, checks)
+    if len(domains) + len(models) + len(tasks) > MAX_FINGERPRINTS:
         checks.problems.append(
-            f"experts: {len(domains)} domains and {len(models)} ready experts;"
+            f"experts: {len(domains)} domains, {len(models)} ready experts, {len(tasks)} tasks;"
             f" at most {MAX_FINGERPRINTS} together"
         )
     if checks.problems or seed is None:
         return Resolved(problems=tuple(checks.problems[:8]))
     resolved = Resolved(
         seed=seed.fingerprint, tokenizer=tokenizer, domains=tuple(domains), models=tuple(models),
-        parameters=_parameters(spec, seed.dense),
+        tasks=tuple(tasks), parameters=_parameters(spec, seed.dense),
     )  # fmt: skip
     return _with_artifacts(asked, resolved, store)
 
@@ -135,11 +140,13 @@ class _Folder:
         return len(data)
 
 
-def _model(spec: BTXRunSpec, uri: str, path: str, checks: _Checks) -> _Model | None:
+def _model(
+    spec: BTXRunSpec, uri: str, path: str, checks: _Checks, seed: _Model | None = None
+) -> _Model | None:
     with checks.at(path):
         store, key = open_outside(uri, spec.storage)
         checkpoint = open_checkpoint(_Folder(store, key.rstrip("/")), path)
-        dense = read_config(checkpoint.config, path)
+        dense = read_config(checkpoint.config, path, seed.dense if seed else None)
         check_tensors(dense, checkpoint.tensors, path)
         return _Model(
             dense=dense, tensors=checkpoint.tensors, fingerprint=fingerprint_model(store, key),
@@ -161,7 +168,7 @@ def _ready(spec: BTXRunSpec, seed: _Model | None, checks: _Checks) -> list[str]:
     for i, expert in enumerate(spec.experts):
         if expert.model is not None:
             path = f"experts[{i}].model"
-            model = _model(spec, expert.model, path, checks)
+            model = _model(spec, expert.model, path, checks, seed)
             if model and seed:
                 _compare(seed, model, path, checks)
             found.append(model.fingerprint if model else "")
@@ -245,21 +252,36 @@ def _domains(spec: BTXRunSpec, checks: _Checks) -> list[str]:
     return found
 
 
+def _tasks(spec: BTXRunSpec, checks: _Checks) -> list[str]:
+    """Fingerprints of the tasks' files, each record of which is read: hours later is too late."""
+    found = []
+    for i, task in enumerate(spec.evaluate.tasks):
+        with checks.at(f"evaluate.tasks[{i}]"):
+            source = task_source(task)
+            try:
+                read(task, source, spec.storage)
+            except ConfigurationError as error:
+                # Which of its files it is about.
+                raise ValueError(str(error)) from error
+            found.append(fingerprint_sources([source], spec.storage))
+    return found
+
+
 def _parameters(spec: BTXRunSpec, dense: Dense) -> Parameters:
     fields = dense.fields
     alone = count_parameters(dense)
     embedding = fields["vocab_size"] * fields["hidden_size"]
-    total = active = 0
+    total = active = experts = 0
     if spec.method is not Method.DENSE:
-        experts = spec.mixed_experts(len(spec.experts))
-        routing = spec.finetune.routing
-        soft = routing.method is RoutingMethod.SOFT
-        top_k = experts if soft else min(routing.k, experts)
-        mixed = count_parameters(dense, experts=experts, top_k=top_k)
-        total, active = mixed.total, mixed.active
+        count = spec.mixed_experts(len(spec.experts))
+        top_k = spec.finetune.routing.top_k(count)
+        mixed = count_parameters(dense, experts=count, top_k=top_k)
+        one, two = (count_parameters(dense, experts=2, top_k=k).active for k in (1, 2))
+        total, active, experts = mixed.total, mixed.active, top_k * (two - one)
     return Parameters(
         dense=alone.total, total=total, active=active, layers=dense.layers,
-        head=0 if fields["tie_word_embeddings"] else embedding,
+        head=0 if fields["tie_word_embeddings"] else embedding, embedding=embedding,
+        experts=experts,
         hidden=fields["num_attention_heads"] * fields["head_dim"],
     )  # fmt: skip
 
@@ -269,8 +291,14 @@ def _parameters(spec: BTXRunSpec, dense: Dense) -> Parameters:
 
 def _with_artifacts(asked: Preflight, resolved: Resolved, store: Store) -> Resolved:
     """Adds which stages are complete, and writes the run's record: the root that gc keeps."""
-    members = Members(experts=asked.members) if asked.members is not None else None
+    members = None
+    if asked.members is not None:
+        members = Members(experts=asked.members, without=asked.without)
     nodes = graph(asked.spec, resolved, members, versions=asked.versions, uid=asked.uid)
+    if asked.uid and asked.record:
+        # First: what is found complete below is not to be collected in between.
+        stages = {name: node.stage for name, node in nodes.items()}
+        write_record(store, asked.uid, stages, whole=True)
     with ThreadPoolExecutor(LOOKUPS) as pool:
         answers = pool.map(
             lambda node: _look_up(store, node.stage, verify=asked.verify), nodes.values()
@@ -279,8 +307,6 @@ def _with_artifacts(asked: Preflight, resolved: Resolved, store: Store) -> Resol
     complete = {name: item for name, item in found.items() if isinstance(item, Artifact)}
     bits = sum(1 << i for i, name in enumerate(nodes) if name in complete)
     final = complete.get("finetune") or complete.get("train-dense")
-    if asked.uid:
-        _record(store, asked.uid, nodes)
     return resolved.model_copy(
         update={
             "complete": f"{bits:x}",
@@ -308,14 +334,3 @@ def _look_up(store: Store, stage: Stage, *, verify: bool) -> Artifact | Corrupt 
 def _gain(artifact: Artifact | None) -> float | None:
     gain = artifact.manifest.metrics.get("gain") if artifact else None
     return None if gain is None else round(max(-999.0, min(999.0, gain)), 4)
-
-
-def _record(store: Store, uid: str, nodes: Graph) -> None:
-    stages = {
-        name: {"kind": node.stage.kind, "digest": node.stage.digest} for name, node in nodes.items()
-    }
-    record = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        "stages": stages,
-    }
-    store.put(run_record(uid), json.dumps(record, indent=1).encode())

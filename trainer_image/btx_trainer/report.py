@@ -11,8 +11,17 @@ from pathlib import Path
 from btx_api.artifact import REPORT_HTML, REPORT_JSON
 
 from btx_trainer.scores import Report
-from btx_trainer.sentences import compare, count, listed, sentences
-from btx_trainer.table import Runs, Table, loss_table
+from btx_trainer.sentences import compare, count, listed, percent, sentences, signed
+from btx_trainer.table import (
+    RETAINED,
+    UNTRAINED,
+    Runs,
+    Table,
+    loss_table,
+    retained,
+    task_table,
+    tasks_of,
+)
 
 __all__ = [
     "SUMMARY", "Report", "Runs", "card", "compare", "render", "sentences", "text_table", "title",
@@ -60,7 +69,7 @@ def title(report: Report) -> str:
 def text_table(runs: Runs) -> str:
     """Held-out loss for a terminal, `*` at the lowest of a column."""
     table = loss_table(runs)
-    cells = [["nats per token", *(f"{name} " for name in table.domains), "mean "]]
+    cells = [["nats per token", *(f"{name} " for name in table.headers), "mean "]]
     for line in table.lines:
         cells.append([line.title, *(c.text + (" ", "*")[c.best] for c in line.cells)])
     first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
@@ -69,7 +78,23 @@ def text_table(runs: Runs) -> str:
         shown = [value.rjust(width) for value, width in zip(values, widths, strict=True)]
         lines.append("  ".join([title.ljust(first), *shown]).rstrip())
     width = max(map(len, lines))
-    return "\n".join([lines[0], "─" * width, *lines[1:], "* lowest of its column", ""])
+    notes = ["* lowest of its column", *([UNTRAINED] if table.untrained else [])]
+    return "\n".join([lines[0], "─" * width, *lines[1:], *notes, "", *_task_lines(runs)])
+
+
+def _task_lines(runs: Runs) -> list[str]:
+    if not (names := tasks_of(runs)):
+        return []
+    cells = [["accuracy", *(f"{name} " for name in names)]]
+    for title, _, values in task_table(runs):
+        cells.append([title, *(c.percent + (" ", "*")[c.best] for c in values)])
+    first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = [
+        "  ".join([title.ljust(first), *map(str.rjust, values, widths)]).rstrip()
+        for title, *values in cells
+    ]
+    width = max(map(len, lines))
+    return [lines[0], "─" * width, *lines[1:], "* highest of its column", ""]
 
 
 def card(report: Report) -> str:
@@ -83,6 +108,8 @@ def card(report: Report) -> str:
         _what(report), "", "## How it was made", "", *_made(report), "",
         "## Held-out loss", "", *_markdown(report, loss_table([("", report)])), "",
         *(f"- {sentence}" for sentence in sentences(report)), "",
+        "## Gain, forgetting, retention", "", *_retained(report), "",
+        *_tasks(report), *_routing(report),
         "## Limits", "", *_limits(report), "",
         "## How to load it", "", "```python", *_loading(report), "```", "",
         "## Lineage", "", "| | |", "|---|---|",
@@ -120,20 +147,64 @@ def _markdown(report: Report, table: Table) -> list[str]:
     lines = [
         f"Nats per token, lowest in bold; at most {report.limit} tokens per domain, up to "
         f"{report.sequence_length} tokens of context, {report.precision}.", "",
-        f"| model | {' | '.join(table.domains)} | mean |",
+        f"| model | {' | '.join(table.headers)} | mean |",
         f"|---|{'---:|' * (len(table.domains) + 1)}",
     ]  # fmt: skip
     for line in table.lines:
         shown = [f"**{cell.text}**" if cell.best else cell.text for cell in line.cells]
         lines.append(f"| {line.title} | {' | '.join(shown)} |")
+    return [*lines, "", UNTRAINED + "."] if table.untrained else lines
+
+
+def _retained(report: Report) -> list[str]:
+    lines = [
+        "Loss minus the seed's, nats per token (below 0: gain); then the share of the gap between "
+        "the seed and the oracle that is closed.", "",
+        f"| model | {' | '.join(RETAINED)} |", f"|---|{'---:|' * len(RETAINED)}",
+    ]  # fmt: skip
+    for row in report.models:
+        if row.role != "seed":
+            *changes, gap = retained(row)
+            shown = ["–" if value is None else signed(value) for value in changes]
+            shown.append("–" if gap is None else f"{gap:.0%}")
+            lines.append(f"| {row.title} | {' | '.join(shown)} |")
     return lines
+
+
+def _tasks(report: Report) -> list[str]:
+    if not report.tasks:
+        return []
+    lines = ["## Tasks", "", f"| model | {' | '.join(task.name for task in report.tasks)} |",
+             f"|---|{'---:|' * len(report.tasks)}"]  # fmt: skip
+    for title, _, cells in task_table([("", report)]):
+        shown = [f"**{cell.percent}**" if cell.best else cell.percent for cell in cells]
+        lines.append(f"| {title} | {' | '.join(shown)} |")
+    chance = ["–" if t.chance is None else percent(t.chance) for t in report.tasks]
+    return [*lines, f"| guessing | {' | '.join(chance)} |", ""]
+
+
+def _routing(report: Report) -> list[str]:
+    """Shares over all layers; what is finer is in report.html."""
+    table = next((table for table in report.routing if table.role == "final"), None)
+    if table is None:
+        return []
+    lines = [
+        "## Routing", "", f"Share of {table.unit} by expert, mean over the layers.", "",
+        f"| | {' | '.join(table.experts)} |", f"|---|{'---:|' * len(table.experts)}",
+    ]  # fmt: skip
+    for name in table.text:
+        shares = [f"{share:.0%}" for share in table.over_layers(name)]
+        kind = " (task)" if name in table.tasks else ""
+        lines.append(f"| {name}{kind} | {' | '.join(shares)} |")
+    return [*lines, ""]
 
 
 def _limits(report: Report) -> list[str]:
     scores = report.result.scores
     worse = [name for name, score in scores.items() if round(score.versus_seed, 3) > 0]
+    tasks = f"and {listed(t.name for t in report.tasks)}" if report.tasks else "and no task"
     lines = [
-        "- Measured by held-out loss on these domains only: no downstream tasks, no safety tests.",
+        f"- Measured by held-out loss on these domains {tasks} only: no safety tests.",
         "- A base model: it continues text and was not taught to follow instructions.",
     ]
     return [*lines, f"- Worse than the seed on {listed(worse)}."] if worse else lines

@@ -4,20 +4,37 @@ Stock MoE blocks stay as they are: `install` gives their routers a subclass that
 Called by finetune (rule, balancing loss, dead experts, router init) and evaluate (routing shares).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from btx_api.spec import Routing, RoutingMethod
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
+from btx_trainer.distributed import fill, forward
 from btx_trainer.errors import ConfigurationError
 from btx_trainer.model import forward_hidden
+
+EXPORTED: Mapping[str, Mapping[str, int]] = {
+    "mixtral": {},
+    "granitemoe": {},
+    "qwen2_moe": {"norm_topk_prob": True},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "flex_olmo": {"norm_topk_prob": True},
+}
+"""Architectures (`model_type`) whose stock router can weigh the top k by their softmax, and how."""
+_BY_LOGITS = frozenset({"granitemoe"})
+"""Those whose stock router takes the top k of the logits, not of their softmax."""
+_STOCK_ROUTERS = frozenset({
+    "MixtralTopKRouter", "GraniteMoeTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter",
+    "FlexOlmoTopKRouter",
+})  # fmt: skip
+"""By name: importing five architectures to run one takes time."""
 
 Batch = tuple[Tensor, Tensor]
 """input_ids and position_ids, both [sequences, length]."""
@@ -57,6 +74,8 @@ class TopK:
 
     num_experts: int
     k: int
+    by_logits: bool = False
+    """Compare logits, not probabilities: where rounding ties two, take the one that stock takes."""
 
     def __post_init__(self) -> None:
         if self.k == 1:
@@ -73,15 +92,15 @@ class TopK:
         return self.infer(logits)
 
     def infer(self, logits: Tensor) -> Gates:
-        # Chosen by probability, as stock does: where rounding ties two, both must take the same.
-        experts = logits.softmax(-1).topk(self.k, dim=-1).indices
+        scores = logits if self.by_logits else logits.softmax(-1)
+        experts = scores.topk(self.k, dim=-1).indices
         # Weighed by the kept logits: the others get a gradient of exactly 0, which rounding
         # would make noise that Adam blows up to full steps.
         return Gates(logits.gather(-1, experts).softmax(-1), experts)
 
     def export(self, family: str) -> dict[str, int] | str:
-        if family == "mixtral":
-            return {"num_experts_per_tok": self.k}
+        if family in EXPORTED:
+            return {"num_experts_per_tok": self.k, **EXPORTED[family]}
         return f"{family} has no stock router that renormalises over the top k"
 
 
@@ -93,12 +112,15 @@ class Soft(TopK):
         object.__setattr__(self, "k", num_experts)
 
 
-def rule_for(routing: Routing, num_experts: int) -> Rule:
-    """The rule of a finetune recipe. Raises ConfigurationError naming the field that cannot be."""
+def rule_for(routing: Routing, num_experts: int, family: str) -> Rule:
+    """The rule of a finetune recipe for a target (`model_type`).
+
+    Raises ConfigurationError naming the field that cannot be.
+    """
     if routing.method is RoutingMethod.SOFT:
         return Soft(num_experts)
     assert routing.method is RoutingMethod.TOP_K, "the spec refuses methods that are not served"
-    return TopK(num_experts, routing.k)
+    return TopK(num_experts, routing.k, by_logits=family in _BY_LOGITS)
 
 
 class LayerRouting(NamedTuple):
@@ -109,16 +131,21 @@ class LayerRouting(NamedTuple):
     probabilities: Tensor  # [tokens, experts], the softmax over all of them
 
 
-class RuledRouter(MixtralTopKRouter):  # type: ignore[misc]  # transformers has no types
-    """Mixtral's router with a rule for its own top-k, in fp32 whatever the model's dtype."""
+class RuledRouter(nn.Module):
+    """A router with a rule for its own top-k, in fp32 whatever the model's dtype.
 
+    Beside the stock router in the bases of what `install` makes of it: all of them take [tokens,
+    hidden] and return logits, weights and experts.
+    """
+
+    weight: Tensor
     rule: Rule
     step: Tensor
     recording: bool
     stash: LayerRouting | None
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = hidden_states.reshape(-1, self.hidden_dim)
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         with torch.autocast(hidden.device.type, enabled=False):
             logits = F.linear(hidden.float(), self.weight.float())
             rule = self.rule
@@ -130,18 +157,36 @@ class RuledRouter(MixtralTopKRouter):  # type: ignore[misc]  # transformers has 
         return logits, *gates
 
 
+@cache
+def _ruled(stock: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Ruled{stock.__name__}", (RuledRouter, stock), {})
+
+
+def _stock_routers(model: nn.Module) -> list[Any]:
+    return [
+        module
+        for module in model.modules()
+        if any(kind.__name__ in _STOCK_ROUTERS for kind in type(module).__mro__)
+    ]
+
+
+def count_experts(model: nn.Module) -> int:
+    """How many experts each layer has; 0 if there is no router that can take a rule."""
+    return next((int(router.num_experts) for router in _stock_routers(model)), 0)
+
+
 def routers(model: nn.Module) -> list[RuledRouter]:
     """The routers of a model with a rule installed, first layer first."""
     return [module for module in model.modules() if isinstance(module, RuledRouter)]
 
 
 def install(model: PreTrainedModel, rule: Rule) -> None:
-    """Gives every router of a stock Mixtral the rule; config and stock routers follow if they can.
+    """Gives every stock router of a model the rule; config and stock routers follow if they can.
 
     Do it before sharding or compiling. Parameters and their names stay.
     Raises ConfigurationError when the model has no such router.
     """
-    gates = [module for module in model.modules() if isinstance(module, MixtralTopKRouter)]
+    gates = _stock_routers(model)
     if not gates:
         raise ConfigurationError(
             model.config.model_type, "this architecture has no router that can take a routing rule"
@@ -149,7 +194,9 @@ def install(model: PreTrainedModel, rule: Rule) -> None:
     fields = rule.export(model.config.model_type)
     for gate in gates:
         assert gate.num_experts == rule.num_experts, "the rule is for another number of experts"
-        gate.__class__ = RuledRouter
+        if not isinstance(gate, RuledRouter):
+            stock: Any = type(gate)
+            gate.__class__ = _ruled(stock)
         # A tensor: a changing Python number would compile the model anew at each step.
         gate.register_buffer(
             "step", torch.zeros((), dtype=torch.int64, device=gate.weight.device), persistent=False
@@ -157,6 +204,8 @@ def install(model: PreTrainedModel, rule: Rule) -> None:
         gate.rule, gate.recording, gate.stash = rule, False, None
         if isinstance(fields, dict):
             gate.top_k = fields["num_experts_per_tok"]
+            if "norm_topk_prob" in fields:
+                gate.norm_topk_prob = True
     if isinstance(fields, dict):
         model.config.update(fields)
 
@@ -165,7 +214,7 @@ def remove(model: PreTrainedModel) -> None:
     """Undoes `install`: stock routers, with the exported rule's top-k."""
     for gate in routers(model):
         del gate.rule, gate.step, gate.recording, gate.stash
-        gate.__class__ = MixtralTopKRouter
+        gate.__class__ = type(gate).__bases__[1]
 
 
 @contextmanager
@@ -345,7 +394,7 @@ def _router_inputs(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[Te
     """Means over tokens of the vector x that enters each router [layers, hidden], and of |x|^2."""
     gates = routers(model)
     sums = torch.zeros(
-        len(gates), gates[0].hidden_dim, dtype=torch.float64, device=gates[0].weight.device
+        len(gates), gates[0].weight.shape[-1], dtype=torch.float64, device=gates[0].weight.device
     )
     squares = sums.new_zeros(len(gates))
     tokens = 0
@@ -359,7 +408,7 @@ def _router_inputs(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[Te
         for layer, gate in enumerate(gates)
     ]
     for input_ids, position_ids in batches:
-        forward_hidden(model, input_ids, position_ids)
+        forward(model, forward_hidden, input_ids, position_ids)
         tokens += input_ids.numel()
     for hook in hooks:
         hook.remove()
@@ -370,7 +419,7 @@ def _router_inputs(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[Te
 def init_domain_mean(
     model: PreTrainedModel, domains: Iterable[tuple[int, Iterable[Batch]]]
 ) -> None:
-    """Points each router row at its expert's domain; a rule must be installed. Before sharding.
+    """Points each router row at its expert's domain; a rule must be installed.
 
     `domains` pairs an expert's index with batches of its data; one forward pass each, every
     token through that expert, so the router's old weights play no part. An expert without data
@@ -388,7 +437,7 @@ def init_domain_mean(
     squares = []
     for expert, batches in domains:
         for gate in gates:
-            gate.rule = _Always(gate.num_experts, expert)
+            gate.rule = _Always(gate.rule.num_experts, expert)
         means[expert], square = _router_inputs(model, batches)
         squares.append(square)
     for gate, rule in zip(gates, old, strict=True):
@@ -405,6 +454,6 @@ def init_domain_mean(
     rms = (torch.stack(squares).mean(0) / away.shape[-1]).sqrt()
     rows = F.normalize(away, dim=-1) / rms[:, None]
     for layer, gate in enumerate(gates):
-        gate.weight.zero_()
-        for row, expert in enumerate(means):
-            gate.weight[expert] = rows[row, layer].to(gate.weight.dtype)
+        weight = rows.new_zeros(gate.weight.shape)
+        weight[list(means)] = rows[:, layer]
+        fill(gate.weight, weight)

@@ -6,15 +6,18 @@ and figures.py read it. Labels come from the recipe only, so a run's name change
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from btx_api.spec import Method, Model, Real
+from btx_api.spec import GENERAL, Method, Model, Real, TaskShape
 from btx_api.stage import EvaluatedModel, EvaluateRecipe
+from pydantic import Field
 
-DIGITS = 6
-"""Decimals that report.json keeps; a hundred times finer than what is claimed of a loss."""
+from btx_trainer.analysis import DIGITS, RoutingTable, Slots, routing_table
+
+LEAST_GAP = 0.0005
+"""Between seed and expert, nats per token, of which a share says something."""
 CURVE_POINTS = 400
 """At most so many points of a training history."""
 
@@ -30,13 +33,28 @@ class Sums:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Slots:
-    """How one model routed."""
+class Answered:
+    """One model on one task."""
 
-    k: int
-    unit: Literal["slots", "weight"]
-    counts: Mapping[str, Sequence[Sequence[float]]]
-    """By domain: [layers][experts], what each expert got of the unit."""
+    asked: int
+    correct: int
+    """By log-likelihood; of an ExactMatch, matches."""
+    correct_normalised: int | None = None
+    """By log-likelihood per byte of the choice; None of an ExactMatch."""
+    cut: int = 0
+    """Questions of which the beginning did not fit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A task, the same for every model."""
+
+    shape: TaskShape
+    questions: int
+    """Scored."""
+    chance: float | None
+    """Share that guessing gets right; None of an ExactMatch."""
+    origin: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +68,8 @@ class Measured:
     """Parameters that one token uses."""
     slots: Slots | None = None
     """Of a Mixture-of-Experts."""
+    tasks: Mapping[str, Answered] = field(default_factory=dict)
+    """By task; the same tasks for every model."""
 
 
 class Score(Model):
@@ -66,6 +86,16 @@ class Score(Model):
     gap_closed: Real | None = None
     """(seed - model) / (seed - expert of this domain): 0 like the seed, 1 like the expert. None
     where no expert has this domain, or its expert is no better than the seed by 0.0005."""
+
+
+class TaskScore(Model):
+    """One model on one task."""
+
+    accuracy: Real
+    """Share of the questions answered right: of a MultipleChoice, those whose right choice has the
+    largest log-likelihood; of an ExactMatch, those whose greedy answer is one of the right ones."""
+    accuracy_per_byte: Real | None = None
+    """MultipleChoice only: likewise by the log-likelihood divided by the choice's UTF-8 bytes."""
 
 
 class Row(Model):
@@ -87,6 +117,17 @@ class Row(Model):
     """Mean of the losses over the domains, each domain weighing the same."""
     mean_bits_per_byte: Real
     """Likewise of the bits per byte."""
+    forgetting: Real | None = None
+    """Of an expert, where another domain was measured: loss minus the seed's, mean over the domains
+    that are not its own; above 0 it forgot."""
+    retention: Real | None = None
+    """Loss minus the seed's on `general`, the seed's own data: 0 all is retained, above 0 less.
+    None where `general` was not measured."""
+    gap_closed: Real | None = None
+    """Of the losses over all domains with an expert: (seed - model) / (seed - oracle). None where
+    there is none, or the oracle is no better than the seed by 0.0005."""
+    tasks: dict[str, TaskScore] = Field(default_factory=dict)
+    """By task."""
 
     @property
     def title(self) -> str:
@@ -110,43 +151,26 @@ class Domain(Model):
     """Bytes of text that these tokens stand for."""
     expert: str = ""
     """Label of the expert that was trained on this domain; empty: none was."""
+    untrained: bool = False
+    """No model of this run was trained on it, and it is not the seed's own data either."""
 
 
-class LayerLoad(Model):
-    """How one layer's load is spread, mean over the domains, each weighing the same."""
+class Task(Model):
+    """One task."""
 
-    shares: tuple[Real, ...]
-    """By expert."""
-    entropy: Real
-    """Of these shares, in nats; ln(number of experts) when all are loaded alike."""
-    least: Real
-    """Share of the least used expert."""
-    most: Real
-    """Share of the most used expert."""
-
-
-class RoutingTable(Model):
-    """Where the tokens of one model went, by its own routers; only tokens that predict count."""
-
-    role: str
-    """mixed or final."""
-    method: str
-    """Routing method (TopK, Soft)."""
-    k: int
-    """Experts per token."""
-    unit: Literal["slots", "weight"]
-    """What the shares are of: slots (a token has k); where every token goes to every expert, and
-    slots would say nothing, the gate's weight."""
-    experts: tuple[str, ...]
-    """Names in the order of the expert index; the seed, if mixed in, is the last."""
-    domains: dict[str, tuple[tuple[Real, ...], ...]]
-    """By domain: [layer][expert], each layer's shares adding up to 1."""
-    layers: tuple[LayerLoad, ...]
-
-    def over_layers(self, domain: str) -> list[float]:
-        """Shares by expert, mean over the layers."""
-        table = self.domains[domain]
-        return [sum(column) / len(table) for column in zip(*table, strict=True)]
+    name: str
+    kind: str
+    """MultipleChoice or ExactMatch."""
+    origin: str = ""
+    """`content/<fingerprint>` of its files."""
+    shots: int
+    """Examples before each question."""
+    questions: int
+    """Scored, the same ones for every model."""
+    chance: Real | None = None
+    """Accuracy of guessing; None of an ExactMatch."""
+    cut: int = 0
+    """Questions of which the oldest tokens did not fit the context."""
 
 
 class Curve(Model):
@@ -180,6 +204,7 @@ class Report(Model):
     domains: tuple[Domain, ...]
     models: tuple[Row, ...]
     """In the order of the recipe; the seed is among them."""
+    tasks: tuple[Task, ...] = ()
     oracle: dict[str, Real]
     """By domain that an expert was trained on: that expert's loss."""
     routing: tuple[RoutingTable, ...] = ()
@@ -228,6 +253,15 @@ def common_domains(reports: Sequence[Report]) -> list[str]:
     return [name for name, key in measured[0].items() if all(m.get(name) == key for m in measured)]
 
 
+def common_tasks(reports: Sequence[Report]) -> list[str]:
+    """Tasks that every report asked in the same way."""
+    asked = [
+        {t.name: (t, report.sequence_length, report.precision) for t in report.tasks}
+        for report in reports
+    ]
+    return [name for name, key in asked[0].items() if all(a.get(name) == key for a in asked)]
+
+
 def tabulate(
     recipe: EvaluateRecipe,
     measured: Sequence[Measured],
@@ -236,10 +270,13 @@ def tabulate(
     histories: Mapping[int, str] | None = None,
     tokenizer: str = "file",
     deviations: Sequence[str] = (),
+    asked: Sequence[Asked] = (),
+    trained: Collection[int] | None = None,
 ) -> Report:
     """The report of a recipe's models, measured in its order.
 
-    `origins` of all inputs in their order; `histories`: history.jsonl of models, by input index.
+    `origins` of all inputs in their order; `histories`: history.jsonl of models, by input index;
+    `trained`: the inputs with domains that some model was trained on, if that is known.
     Domains that were not measured (no held-out text) get no column.
     """
     seed = next(m for model, m in _pairs(recipe, measured) if model.role == "seed")
@@ -250,6 +287,8 @@ def tabulate(
             name=column.name, origin=origin.get(column.input, ""),
             tokens=seed.sums[column.name].tokens, bytes=round(seed.sums[column.name].bytes),
             expert=column.name if column.name in names else "",
+            untrained=trained is not None and column.input not in trained
+            and column.name not in (*names, GENERAL),
         )
         for column in recipe.columns
         if column.name in seed.sums
@@ -270,7 +309,7 @@ def tabulate(
         ),
         oracle=oracle,
         routing=tuple(
-            _routing(model.role, recipe.routing, m.slots, list(names))
+            routing_table(model.role, recipe.routing, m.slots, list(names))
             for model, m in _pairs(recipe, measured)
             if m.slots
         ),
@@ -280,7 +319,17 @@ def tabulate(
             if kept.get(model.input)
         ),
         deviations=tuple(deviations),
+        tasks=tuple(_task(task, seed) for task in asked),
     )
+
+
+def _task(asked: Asked, seed: Measured) -> Task:
+    shape, chance = asked.shape, asked.chance
+    return Task(
+        name=shape.name, kind=shape.kind, shots=shape.shots, questions=asked.questions,
+        origin=asked.origin, chance=None if chance is None else round(chance, DIGITS),
+        cut=seed.tasks[shape.name].cut,
+    )  # fmt: skip
 
 
 def _pairs(
@@ -307,48 +356,33 @@ def _row(
             perplexity=round(math.exp(min(loss, 700.0)), DIGITS),
             bits_per_byte=round(sums.loss / math.log(2) / sums.bytes, DIGITS),
             versus_seed=round(loss - before, DIGITS),
-            gap_closed=round((before - loss) / gap, DIGITS) if gap >= 0.0005 else None,
+            gap_closed=round((before - loss) / gap, DIGITS) if gap >= LEAST_GAP else None,
         )
+    others = [s.versus_seed for n, s in scores.items() if n != model.label]
+    gap = _mean([_loss(seed.sums[n]) for n in oracle]) - _mean(list(oracle.values()))
+    closed = _mean([-scores[n].versus_seed for n in oracle])
     return Row(
         label=model.label, role=model.role, origin=origin,
         parameters=measured.parameters, active_parameters=measured.active, scores=scores,
         mean_loss=_mean([score.loss for score in scores.values()]),
         mean_bits_per_byte=_mean([score.bits_per_byte for score in scores.values()]),
+        forgetting=_mean(others) if others and model.role == "expert" else None,
+        retention=scores[GENERAL].versus_seed if GENERAL in scores else None,
+        gap_closed=round(closed / gap, DIGITS) if gap >= LEAST_GAP else None,
+        tasks={name: _task_score(found) for name, found in measured.tasks.items()},
     )  # fmt: skip
+
+
+def _task_score(found: Answered) -> TaskScore:
+    per_byte = found.correct_normalised
+    return TaskScore(
+        accuracy=round(found.correct / found.asked, DIGITS),
+        accuracy_per_byte=None if per_byte is None else round(per_byte / found.asked, DIGITS),
+    )
 
 
 def _mean(values: Sequence[float]) -> float:
-    return round(sum(values) / len(values), DIGITS)
-
-
-def _routing(role: str, method: str, slots: Slots, members: Sequence[str]) -> RoutingTable:
-    domains = {
-        name: tuple(tuple(count / sum(layer) for count in layer) for layer in layers)
-        for name, layers in slots.counts.items()
-    }
-    loads = []
-    for layer in zip(*domains.values(), strict=True):
-        shares = [sum(column) / len(layer) for column in zip(*layer, strict=True)]
-        loads.append(
-            LayerLoad(
-                shares=_rounded(shares),
-                entropy=round(-sum(s * math.log(s) for s in shares if s), DIGITS),
-                least=round(min(shares), DIGITS),
-                most=round(max(shares), DIGITS),
-            )
-        )
-    experts = len(loads[0].shares)
-    names = (*members, "seed") if experts == len(members) + 1 else tuple(members)
-    return RoutingTable(
-        role=role, method=method, k=slots.k, unit=slots.unit,
-        experts=names if len(names) == experts else tuple(str(i) for i in range(experts)),
-        domains={n: tuple(_rounded(layer) for layer in table) for n, table in domains.items()},
-        layers=tuple(loads),
-    )  # fmt: skip
-
-
-def _rounded(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(round(value, DIGITS) for value in values)
+    return round(sum(values) / len(values), DIGITS) if values else 0.0
 
 
 def curve(label: str, role: str, history: str) -> Curve:

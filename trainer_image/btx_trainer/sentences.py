@@ -6,7 +6,10 @@ sentence never says more than its table. Called by report.py.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from btx_trainer.scores import Report, RoutingTable, Row, common_domains
+from btx_api.spec import GENERAL
+
+from btx_trainer.analysis import RoutingTable
+from btx_trainer.scores import Report, Row, common_domains, common_tasks
 
 UNIT = "nats per token"
 
@@ -19,6 +22,9 @@ def sentences(report: Report) -> list[str]:
         *_by_domain(report),
         *_mixing(report),
         *_experts(report),
+        *_retention(report),
+        *_untrained(report),
+        *_tasks(report),
         *_routing(report),
     ]
 
@@ -40,6 +46,11 @@ def listed(items: Iterable[str]) -> str:
 def signed(value: float) -> str:
     """Three decimals with a typographic sign."""
     return f"{value:+.3f}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """Per cent with one decimal."""
+    return f"{100 * share:.1f}%"
 
 
 def _round(loss: float) -> float:
@@ -204,6 +215,70 @@ def _specialists(report: Report) -> str:
     return "On every expert's domain no other expert is better than its own." if names else ""
 
 
+def _retention(report: Report) -> Iterator[str]:
+    """What training cost away from home."""
+    away = {row.label: round(row.forgetting, 3) for row in report.experts
+            if row.forgetting is not None}  # fmt: skip
+    for word, wanted in (("lost", 1), ("gained", -1)):
+        names = [f"{name} ({signed(v)})" for name, v in away.items() if v * wanted > 0]
+        if names:
+            yield (
+                f"Away from its own domain, in the mean over the others, an expert has {word} "
+                f"against the seed: {listed(names)}."
+            )
+    result = report.result
+    if result.retention is None:
+        return
+    change = _versus(result, GENERAL, report.seed)
+    said = "is no different from the seed"
+    if change:
+        verb = "has lost" if change > 0 else "is better than the seed by"
+        said = f"{verb} {abs(change):.3f}" + " against the seed" * (change > 0)
+    text = f"On general, the seed's own data, {_subject(result)} {said}"
+    if report.experts:
+        lost = {row.label: _versus(row, GENERAL, report.seed) for row in report.experts}
+        worst = max(lost, key=lost.__getitem__)
+        text += f"; of the experts, {worst} retains least ({signed(lost[worst])})"
+    yield text + "."
+
+
+def _untrained(report: Report) -> Iterator[str]:
+    result = report.result
+    for name in (domain.name for domain in report.domains if domain.untrained):
+        others = {"the seed": report.seed.scores[name].loss}
+        if soup := report.of("soup"):
+            others["the soup"] = soup.scores[name].loss
+        if report.experts:
+            best = min(report.experts, key=lambda row: row.scores[name].loss)
+            others[f"the best expert there, {best.label}"] = best.scores[name].loss
+        loss = result.scores[name].loss
+        yield (
+            f"Nobody trained on {name}: there {_subject(result)} has {loss:.3f}, "
+            f"{_against(loss, others)}."
+        )
+
+
+def _tasks(report: Report) -> Iterator[str]:
+    for task in report.tasks:
+        scores = {_subject(row): round(row.tasks[task.name].accuracy, 3) for row in report.models}
+        most = max(scores.values())
+        if not most:
+            yield f"Of the {task.questions} questions of task {task.name} no model has any right."
+            continue
+        winners = [title for title, score in scores.items() if score == most]
+        have = "have" if len(winners) > 1 else "has"
+        shots = f", {task.shots} shots" if task.shots else ""
+        text = f"Of the {task.questions} questions of task {task.name}{shots}, {listed(winners)} "
+        text += f"{have} the most right, {percent(most)}"
+        if task.chance is not None:
+            side = "more" if most > round(task.chance, 3) else "no more"
+            text += f" ({side} than the {percent(task.chance)} of guessing)"
+        seed, result = scores["the seed"], scores[_subject(report.result)]
+        side = "more than" if result > seed else "fewer than" if result < seed else "as many as"
+        text += f"; {_subject(report.result)}, {percent(result)}, has {side} the seed"
+        yield f"{text}, {percent(seed)}."
+
+
 def _routing(report: Report) -> Iterator[str]:
     table = next((table for table in report.routing if table.role == "final"), None)
     if table is None:
@@ -225,6 +300,23 @@ def _routing(report: Report) -> Iterator[str]:
         f"({low.least:.1%} of the {table.unit}), the most used {busy} in layer {most} "
         f"({high.most:.1%})."
     )
+    yield from _steps(table)
+
+
+def _steps(table: RoutingTable) -> Iterator[str]:
+    """How much the choice changes from layer to layer."""
+    layers = range(1, len(table.layers))
+    if not layers or not table.distances:
+        return
+    mean = [sum(column) / len(column) for column in zip(*table.distances.values(), strict=True)]
+    most, least = max(layers, key=mean.__getitem__), min(layers, key=mean.__getitem__)
+    text = (
+        f"The shares change most from layer {most - 1} to {most} (total variation {mean[most]:.2f}"
+    )
+    text += ", mean over the domains)"
+    if mean[most] > mean[least]:
+        text += f" and least from layer {least - 1} to {least} ({mean[least]:.2f})"
+    yield text + "."
 
 
 def _favourite(table: RoutingTable, domain: str) -> tuple[str, float]:
@@ -242,6 +334,7 @@ def compare(reports: Sequence[tuple[str, Report]]) -> list[str]:
     found = []
     if names:
         found += [_ranking(reports, names), *_winners(reports, names)]
+    found += _task_winners(reports)
     if apart:
         found.append(f"Not measured alike in every run, so not compared: {listed(apart)}.")
     return found + _effort(reports)
@@ -274,6 +367,19 @@ def _winners(reports: Sequence[tuple[str, Report]], names: Sequence[str]) -> Ite
         against = f" against {listed(others)}" if others else ""
         parts.append(f"on {name} {listed(best)} ({least:.3f}{against})")
     yield f"Lowest by domain: {'; '.join(parts)}."
+
+
+def _task_winners(reports: Sequence[tuple[str, Report]]) -> Iterator[str]:
+    parts = []
+    for task in common_tasks([report for _, report in reports]):
+        scores = {title: round(r.result.tasks[task].accuracy, 3) for title, r in reports}
+        most = max(scores.values())
+        best = [title for title, score in scores.items() if score == most]
+        others = [percent(score) for score in scores.values() if score != most]
+        against = f" against {listed(others)}" if others else ""
+        parts.append(f"{task} {listed(best)} ({percent(most)}{against})")
+    if parts:
+        yield f"Most right by task: {'; '.join(parts)}."
 
 
 def _effort(reports: Sequence[tuple[str, Report]]) -> list[str]:

@@ -1,13 +1,16 @@
 """Storage behind one interface: a prefix of files (here) or of an S3 bucket (s3.py).
 
-A write is whole or absent, and durable when it returns. Failures are OSError with one line that
-names the object. Called by artifacts.py, checkpoint.py, fingerprint.py, sources.py and errands.py.
+A write is whole or absent, and durable when it returns. Failures are OSError whose `filename` is
+the object. Called by artifacts.py, checkpoint.py, fingerprint.py, sources.py and errands.py.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +21,8 @@ from typing import BinaryIO, Self
 import google_crc32c
 from btx_api.spec import Storage
 
+from btx_trainer.errors import ConfigurationError
+
 Bytes = bytes | bytearray | memoryview
 READ_BYTES = 8 * 2**20
 MODEL_FILES = (
@@ -27,10 +32,38 @@ MODEL_FILES = (
 )  # fmt: skip
 """What of a model's folder is a model; anything else there is neither read nor fingerprinted."""
 _UNFINISHED = ".btx-"
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class Conflict(OSError):
     """A conditional write lost: the object is there, or is another one, or is gone."""
+
+    def __init__(self, uri: str, message: str) -> None:
+        super().__init__(errno.EEXIST, message, uri)
+
+
+class Damaged(OSError):
+    """What arrived differs from the checksum that the storage keeps; another reading may not."""
+
+    def __init__(self, uri: str, message: str) -> None:
+        super().__init__(errno.EIO, message, uri)
+
+
+class Traffic:
+    """When bytes of large objects moved last in this process: the watchdog's second sign of life.
+
+    Small objects (`put`, `get`) do not count: the log is one, and what hangs may go on printing.
+    """
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def moved(self) -> None:
+        """To be called for every piece that was read or written."""
+        self.last = time.monotonic()
+
+
+traffic = Traffic()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +76,8 @@ class Head:
     """Unix time, by the storage's own clock."""
     tag: str = ""
     """ETag on s3://; empty on file://, where only `get` knows it."""
+    checksum: str = ""
+    """`crc32c 0a1b2c3d` or `crc32 ...` of the bytes; "" where the storage keeps none (file://)."""
 
 
 def extend_crc(crc: int, data: Bytes) -> int:
@@ -76,6 +111,7 @@ class Sink(ABC):
         self._append(view)
         self._crc = extend_crc(self._crc, data)
         self.size += len(view)
+        traffic.moved()
         return len(view)
 
     def close(self) -> None:
@@ -123,7 +159,10 @@ class Store(ABC):
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """A buffered, seekable reader. FileNotFoundError if there is none."""
+        """A buffered, seekable reader. FileNotFoundError if there is none.
+
+        Damaged if it was read from front to back and differs from the storage's own checksum.
+        """
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[Head]:
@@ -145,6 +184,13 @@ class Store(ABC):
         """Deletes the object; nothing happens if there is none."""
 
     @abstractmethod
+    def delete_unfinished(self, prefix: str, before: float, *, dry_run: bool = False) -> int:
+        """Deletes what writers of keys with this prefix left unfinished; returns how many.
+
+        Only what nobody has written to since Unix time `before`. `dry_run`: only counts.
+        """
+
+    @abstractmethod
     def uri(self, key: str) -> str:
         """Of an object, for messages."""
 
@@ -163,7 +209,7 @@ def open_outside(uri: str, storage: Storage) -> tuple[Store, str]:
     """Where an input from outside is: a store and the key (file, folder, prefix or glob) in it.
 
     Endpoint, region and certificates are the storage's. hf://repo@commit is brought to the local
-    cache first; OSError if it is neither there nor to be had.
+    cache first; OSError if it is neither there nor to be had, ConfigurationError without a commit.
     """
     scheme, _, rest = uri.partition("://")
     if scheme == "s3":
@@ -188,13 +234,20 @@ def _snapshot(name: str) -> str:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow, and rarely needed
 
     repo, _, revision = name.strip("/").partition("@")
+    pinned = bool(_COMMIT.fullmatch(revision))
     try:
-        return str(
-            snapshot_download(repo, revision=revision or None, allow_patterns=[*MODEL_FILES])
-        )
+        # Of what may change any time, only enough to tell what it is now.
+        wanted = [*MODEL_FILES] if pinned else ["config.json"]
+        path = snapshot_download(repo, revision=revision or None, allow_patterns=wanted)
     except Exception as error:  # the hub's client lets its HTTP client's errors through
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise OSError(f"hf://{name}: {lines[0] if lines else type(error).__name__}") from error
+        message = lines[0] if lines else type(error).__name__
+        raise OSError(errno.EIO, message, f"hf://{name}") from error
+    if not pinned:
+        raise ConfigurationError(
+            f"hf://{name}", f"name a commit, here hf://{repo}@{os.path.basename(path)}"
+        )
+    return str(path)
 
 
 def _tag(data: bytes) -> str:
@@ -261,7 +314,7 @@ class FileStore(Store):
     def put(self, key: str, data: bytes, *, if_none_match: bool = False, if_match: str = "") -> str:
         sink = _FileSink(self.root / key)
         try:
-            sink.write(data)
+            sink._append(memoryview(data))
             if if_none_match:
                 sink.finish_new()
             elif if_match:
@@ -280,7 +333,7 @@ class FileStore(Store):
             with suppress(FileNotFoundError):
                 if self.get(key)[1] == tag:
                     return sink.close()
-            raise Conflict(f"{self.uri(key)}: is not {tag} any more")
+            raise Conflict(self.uri(key), f"is not {tag} any more")
         finally:
             os.close(folder)
 
@@ -297,6 +350,16 @@ class FileStore(Store):
                 folder.rmdir()
             except OSError:
                 return
+
+    def delete_unfinished(self, prefix: str, before: float, *, dry_run: bool = False) -> int:
+        count = 0
+        for path in sorted((self.root / prefix).rglob(f"{_UNFINISHED}*")):
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < before:
+                    count += 1
+                    if not dry_run:
+                        self.delete(str(path.relative_to(self.root)))
+        return count
 
 
 class _FileSink(Sink):
@@ -324,7 +387,7 @@ class _FileSink(Sink):
 
     def _append(self, view: memoryview) -> None:
         with self._named():
-            while len(view):
+            while view:
                 view = view[self._file.write(view) :]
 
     def _sync(self) -> None:
@@ -343,7 +406,7 @@ class _FileSink(Sink):
         try:
             os.link(self._partial, self._path)
         except FileExistsError as error:
-            raise Conflict(f"file://{self._path}: exists") from error
+            raise Conflict(f"file://{self._path}", "exists") from error
         _sync(self._path.parent)
 
     def abort(self) -> None:

@@ -1,4 +1,4 @@
-"""The main table of a report: models down, domains across, the lowest of each column marked.
+"""The tables of a report: models down; domains across, or tasks; the best of each column marked.
 
 Pure; made once and printed three ways (terminal, page, model card). Called by report.py, page.py.
 """
@@ -6,24 +6,33 @@ Pure; made once and printed three ways (terminal, page, model card). Called by r
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from btx_trainer.scores import Report, Row, common_domains
+from btx_trainer.scores import Report, Row, common_domains, common_tasks
+from btx_trainer.sentences import percent
 
 Runs = Sequence[tuple[str, Report]]
 """Named reports, in the order of the page."""
 
+DAGGER = "†"
+UNTRAINED = f"{DAGGER} no model of the run was trained on this domain"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """A loss, nats per token; None: this model was not measured there."""
+    """A loss, nats per token, or an accuracy; None: this model was not measured there."""
 
     value: float | None
     best: bool = False
-    """As shown, no model of the column is lower."""
+    """As shown, no model of the column is better."""
 
     @property
     def text(self) -> str:
         """Three decimals, or a dash."""
         return "–" if self.value is None else f"{self.value:.3f}"
+
+    @property
+    def percent(self) -> str:
+        """Per cent with one decimal, or a dash."""
+        return "–" if self.value is None else percent(self.value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +56,13 @@ class Table:
 
     domains: tuple[str, ...]
     lines: tuple[Line, ...]
+    untrained: frozenset[str] = frozenset()
+    """Domains that nobody trained on."""
+
+    @property
+    def headers(self) -> list[str]:
+        """Of the domains' columns; a dagger marks what nobody trained on."""
+        return [name + DAGGER * (name in self.untrained) for name in self.domains]
 
     @property
     def models(self) -> list[tuple[str, Row]]:
@@ -83,7 +99,46 @@ def loss_table(runs: Runs) -> Table:
             title = "oracle" if len(runs) == 1 else f"{name}: oracle"
             cells = tuple(Cell(value=value) for value in oracle)
             lines.append(Line(title=title, row=None, cells=cells))
-    return Table(domains=tuple(domains), lines=tuple(lines))
+    untrained = frozenset(d.name for _, r in runs for d in r.domains if d.untrained)
+    trained = {d.name for _, r in runs for d in r.domains if not d.untrained}
+    return Table(domains=tuple(domains), lines=tuple(lines), untrained=untrained - trained)
+
+
+def task_table(runs: Runs) -> list[tuple[str, Row, list[Cell]]]:
+    """(title, row, accuracy per task of `tasks_of`) of every model; empty without tasks."""
+    names, common = tasks_of(runs), common_tasks([report for _, report in runs])
+    models = [(title, row) for title, row in _models(runs) if row.tasks]
+    columns = [[row.tasks[n].accuracy if n in row.tasks else None for _, row in models]
+               for n in names]  # fmt: skip
+    most = [
+        max(round(v, 3) for v in column if v is not None) if name in common else None
+        for name, column in zip(names, columns, strict=True)
+    ]
+    return [
+        (title, row, [
+            Cell(value=v, best=bool(v) and round(v or 0, 3) == m)
+            for v, m in zip(values, most, strict=True)
+        ])
+        for (title, row), values in zip(models, zip(*columns, strict=True), strict=False)
+    ]  # fmt: skip
+
+
+def tasks_of(runs: Runs) -> list[str]:
+    """Names of the tasks of some runs."""
+    return list(dict.fromkeys(task.name for _, report in runs for task in report.tasks))
+
+
+def retained(row: Row) -> list[float | None]:
+    """Loss minus the seed's: on an expert's own domain, as a mean over the others, on the one of
+    those where that is largest, on `general`; then the share of the gap to the oracle closed."""
+    changes = {name: score.versus_seed for name, score in row.scores.items()}
+    own = changes.pop(row.label, None) if row.role == "expert" else None
+    worst = max(changes.values(), default=None)
+    return [own, row.forgetting, worst, row.retention, row.gap_closed]
+
+
+RETAINED = ("own domain", "other domains", "worst other", "general", "gap closed")
+"""Columns of `retained`."""
 
 
 def _models(runs: Runs) -> list[tuple[str, Row]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from btx_api.metrics import TRAINER, Metric, MetricType
 from btx_api.stage import Kind, Progress
 
-from btx_trainer.storage import Store
+from btx_trainer.storage import Store, traffic
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric as Family
@@ -45,8 +45,11 @@ class Telemetry:
 
     @property
     def idle(self) -> float:
-        """Seconds since the work last published: each value stands for a unit of work done."""
-        return time.monotonic() - self._moved
+        """Seconds since the work last published, or bytes last moved to or from storage.
+
+        Each published value stands for a unit of work done.
+        """
+        return time.monotonic() - max(self._moved, traffic.last)
 
     def publish(self, progress: Progress) -> None:
         """Replaces the latest value; `kind` and `time` are filled in."""

@@ -43,6 +43,10 @@ class Tokenizer(ABC):
     def encode(self, texts: Sequence[bytes]) -> tuple[Ids, Lengths]:
         """UTF-8 documents -> (ids [sum of lengths], one after the other; lengths [documents])."""
 
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out; U+FFFD where they are no whole character."""
+
 
 class ByteTokenizer(Tokenizer):
     """Ids 0..255 are bytes, then bos, eos, pad, unk; nothing is put before a document."""
@@ -60,6 +64,10 @@ class ByteTokenizer(Tokenizer):
         ids = np.frombuffer(joined, np.uint8).astype(np.uint32)
         ids[np.cumsum(lengths) - 1] = EOS
         return ids, lengths
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return bytes(i for i in ids if i < BOS).decode(errors="replace")
 
 
 class FileTokenizer(Tokenizer):
@@ -101,6 +109,10 @@ class FileTokenizer(Tokenizer):
         lengths = np.array([len(ids) for ids in documents], np.int64)
         total = int(lengths.sum())
         return np.fromiter(chain.from_iterable(documents), np.uint32, total), lengths
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return self._tokenizer.decode(list(ids))
 
 
 def load(path: Path | None) -> Tokenizer:

@@ -1,60 +1,38 @@
 """Runs a tensor plan over safetensors files: header first, one piece of one tensor in memory.
 
 The header of each output shard follows from the plan alone, so a shard is written strictly from
-front to back and can be uploaded while it is made. Sums are kept in fp32 (fp64 for fp32 sources),
-divided once and cast once, to nearest even; the same inputs give the same bytes. The format is
-parsed here, without torch. Called by the stages average and mix; the errand preflight opens
-checkpoints.
+front to back and can be uploaded while it is made. The arithmetic is in numerics.py; the same
+inputs give the same bytes. The format is parsed here, without torch. Called by the stages average
+and mix; the errand preflight opens checkpoints.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from btx_trainer.errors import ConfigurationError
-from btx_trainer.families import Copy, Mean, Normal, Plan, Planned, TensorSpec
+from btx_trainer.families import Copy, Mean, Normal, Plan, Planned, Rows, Stack, TensorSpec
+from btx_trainer.numerics import DTYPES, mean, normal
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
-PIECE_BYTES = 16 * 2**20
-# Enough requests in flight to fill an S3 connection; memory is this many pieces, and two.
-READS_AHEAD = 4
-# Elements per inner step: operands and temporaries stay in a core's cache.
-BLOCK = 2**17
+# Fast to write (large pages of the file cache), and still in a core's cache when it is.
+PIECE_BYTES = 2**21
+# One thread makes pieces about as fast as another writes them; memory is AHEAD + 1 pieces.
+THREADS, AHEAD = 2, 3
 # The limit of the safetensors format itself.
 MAX_HEADER_BYTES = 100_000_000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Dtype:
-    """How a safetensors dtype is stored and summed; bf16 is unknown to numpy: its 16 bits."""
-
-    stored: np.dtype[Any]
-    summed: np.dtype[Any]
-
-
-DTYPES: Mapping[str, _Dtype] = {
-    "BF16": _Dtype(stored=np.dtype("<u2"), summed=np.dtype("<f4")),
-    "F16": _Dtype(stored=np.dtype("<f2"), summed=np.dtype("<f4")),
-    "F32": _Dtype(stored=np.dtype("<f4"), summed=np.dtype("<f8")),
-}
-
-
-_Array = npt.NDArray[Any]
 
 
 class WeightsError(ConfigurationError):
@@ -99,23 +77,26 @@ class LocalFolder:
     def readinto(self, name: str, start: int, buffer: memoryview) -> int:
         """See Reader."""
         done = 0
-        with (self.path / name).open("rb", buffering=0) as file:
+        file = os.open(f"{self.path}/{name}", os.O_RDONLY)
+        try:
             # One call returns at most 2 GiB on Linux.
-            while n := os.preadv(file.fileno(), [buffer[done:]], start + done):
+            while n := os.preadv(file, [buffer[done:]], start + done):
                 done += n
+        finally:
+            os.close(file)
         return done
 
     @contextmanager
     def sink(self, name: str) -> Iterator[Sink]:
         """See Writer; the file gets its name when it is complete."""
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / f"{name}.partial"
+        unfinished = self.path / f"{name}.partial"
         try:
-            with partial.open("wb", buffering=0) as file:
+            with unfinished.open("wb", buffering=0) as file:
                 yield file
-            partial.replace(self.path / name)
+            unfinished.replace(self.path / name)
         finally:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,11 +153,11 @@ def write_plan(
     count = len(shards)
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     names = [SINGLE] if count == 1 else names
-    reads = (read for shard in shards for tensor in shard for read in _reads(tensor, models))
-    with _read_ahead(reads) as pieces:
+    pieces = (piece for shard in shards for tensor in shard for piece in _pieces(tensor, models))
+    with _ahead(pieces) as made:
         for name, shard in zip(names, shards, strict=True):
-            body = chain.from_iterable(_data(tensor, models, pieces) for tensor in shard)
-            _write(writer, name, chain([memoryview(_header(shard))], body))
+            mine = sum(1 for tensor in shard for _ in _pieces(tensor, models))
+            _write(writer, name, chain([memoryview(_header(shard))], islice(made, mine)))
     if count == 1:
         return (SINGLE,)
     index = {
@@ -329,159 +310,136 @@ def _header(shard: Sequence[Planned]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-# The pieces of a tensor: where they are read, and what is written.
+# What a tensor is made from.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Read:
-    model: Checkpoint
-    tensor: str
-    start: int
-    length: int
+class _Run:
+    """Part of a target, front to back: one tensor of each source, or the same rows of it."""
+
+    name: str
+    spec: TensorSpec
+    rows: Rows | None
+    sources: Sequence[tuple[Checkpoint, float]]
+    """Models with their weights; a model that stands for several is read once."""
+
+    @property
+    def start(self) -> int:
+        """First byte of the rows in the tensor."""
+        width = _nbytes(replace(self.spec, shape=self.spec.shape[1:]))
+        return self.rows[0] * width if self.rows else 0
+
+    def read(self, number: int, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from source `number`, from byte `start` of the run on."""
+        model = self.sources[number][0]
+        stored = model.stored[self.name]
+        first = stored.start + self.start + start
+        if model.reader.readinto(stored.file, first, buffer) != len(buffer):
+            raise WeightsError(
+                f"{model.where} {stored.file}", f"tensor {self.name}: file is truncated"
+            )
 
 
-def _sources(tensor: Planned, models: Sequence[Checkpoint]) -> list[tuple[Checkpoint, float]]:
-    """Models that `tensor` reads, with weights; a model that stands for several is read once."""
+def _runs(tensor: Planned, models: Sequence[Checkpoint]) -> list[_Run]:
+    """What `tensor` reads, in order; nothing if its values are fresh."""
     match tensor.op:
-        case Copy(model=index):
-            return [(models[index], 1.0)]
-        case Mean(weights=weights):
+        case Copy(model=index, name=name, rows=rows):
+            return [_Run(name=name, spec=tensor.spec, rows=rows, sources=[(models[index], 1.0)])]
+        case Mean(name=name, weights=weights, rows=rows):
             total: dict[int, float] = {}
             for model, weight in zip(models, weights, strict=True):
                 total[id(model)] = total.get(id(model), 0.0) + weight
             unique = {id(model): model for model in models}
-            return [(unique[key], weight) for key, weight in total.items() if weight]
+            sources = [(unique[key], weight) for key, weight in total.items() if weight]
+            return [_Run(name=name, spec=tensor.spec, rows=rows, sources=sources)]
+        case Stack(parts=parts, shape=shape):
+            spec = replace(tensor.spec, shape=shape)
+            return [
+                run for part in parts for run in _runs(replace(tensor, spec=spec, op=part), models)
+            ]
         case Normal():
             return []
 
 
-def _pieces(spec: TensorSpec) -> Iterator[tuple[int, int]]:
-    """(first byte, bytes) of each piece of a tensor."""
-    for start in range(0, _nbytes(spec), PIECE_BYTES):
-        yield start, min(PIECE_BYTES, _nbytes(spec) - start)
-
-
-def _reads(tensor: Planned, models: Sequence[Checkpoint]) -> Iterator[_Read]:
-    """The reads of `tensor` in the order in which `_data` takes them."""
-    if isinstance(tensor.op, Normal):
-        return
-    for start, length in _pieces(tensor.spec):
-        for model, _ in _sources(tensor, models):
-            yield _Read(model=model, tensor=tensor.op.name, start=start, length=length)
-
-
 def _check_sources(plan: Plan, models: Sequence[Checkpoint]) -> None:
     for tensor in plan:
-        if isinstance(tensor.op, Normal):
-            continue
-        for model, _ in _sources(tensor, models):
-            stored = model.stored.get(tensor.op.name)
-            if stored is None:
-                raise WeightsError(model.where, f"tensor {tensor.op.name} is missing")
-            if stored.spec != tensor.spec:
-                raise WeightsError(
-                    f"{model.where} {stored.file}",
-                    f"tensor {tensor.op.name} is"
-                    f" {stored.spec.dtype} {list(stored.spec.shape)}, the plan has"
-                    f" {tensor.spec.dtype} {list(tensor.spec.shape)}",
-                )
+        runs = _runs(tensor, models)
+        assert not runs or sum(_items(r.spec) for r in runs) == _items(tensor.spec), tensor.name
+        for run in runs:
+            for model, _ in run.sources:
+                _check_source(run, model)
 
 
-def _fill(read: _Read, buffer: memoryview) -> memoryview:
-    stored = read.model.stored[read.tensor]
-    view = buffer[: read.length]
-    if read.model.reader.readinto(stored.file, stored.start + read.start, view) != read.length:
+def _check_source(run: _Run, model: Checkpoint) -> None:
+    stored = model.stored.get(run.name)
+    if stored is None:
+        raise WeightsError(model.where, f"tensor {run.name} is missing")
+    shape = stored.spec.shape
+    if run.rows and run.rows[1] <= shape[0]:
+        shape = (run.rows[1] - run.rows[0], *shape[1:])
+    if (stored.spec.dtype, shape) != (run.spec.dtype, run.spec.shape):
+        rows = f" in rows {run.rows[0]} to {run.rows[1]}" if run.rows else ""
         raise WeightsError(
-            f"{read.model.where} {stored.file}", f"tensor {read.tensor}: file is truncated"
+            f"{model.where} {stored.file}",
+            f"tensor {run.name} is {stored.spec.dtype} {list(stored.spec.shape)}, the plan has"
+            f" {run.spec.dtype} {list(run.spec.shape)}{rows}",
         )
-    return view
+
+
+# The pieces of a target: made by some threads, written by one.
+
+
+_Piece = Callable[[memoryview], memoryview]
+"""Its bytes, in the memory that it is given (PIECE_BYTES) or in its own."""
+
+
+def _pieces(tensor: Planned, models: Sequence[Checkpoint]) -> Iterator[_Piece]:
+    """What makes the bytes of `tensor`, front to back."""
+    if isinstance(op := tensor.op, Normal):
+        yield lambda _: normal(
+            tensor.name, _items(tensor.spec), tensor.spec.dtype, std=op.std, seed=op.seed
+        )
+        return
+    for run in _runs(tensor, models):
+        size = _nbytes(run.spec)
+        for start in range(0, size, PIECE_BYTES):
+            yield partial(_made, run, start, min(PIECE_BYTES, size - start))
+
+
+def _made(run: _Run, start: int, length: int, space: memoryview) -> memoryview:
+    out, weights = space[:length], [weight for _, weight in run.sources]
+    if len(weights) == 1:
+        run.read(0, start, out)
+    else:
+
+        def fill(offset: int, source: int, buffer: memoryview) -> None:
+            run.read(source, start + offset, buffer)
+
+        mean(run.spec.dtype, weights, fill, out)
+    return out
 
 
 @contextmanager
-def _read_ahead(reads: Iterable[_Read]) -> Iterator[Iterator[memoryview]]:
-    """The bytes of each read, in order, several reads ahead; each is valid until the next."""
-    free = [memoryview(bytearray(PIECE_BYTES)) for _ in range(READS_AHEAD + 1)]
+def _ahead(pieces: Iterable[_Piece]) -> Iterator[Iterator[memoryview]]:
+    """The bytes of each piece, in order, made some pieces ahead; each is valid until the next."""
+    free = [memoryview(bytearray(PIECE_BYTES)) for _ in range(AHEAD + 1)]
     pending: deque[tuple[Future[memoryview], memoryview]] = deque()
 
     def results(pool: ThreadPoolExecutor) -> Iterator[memoryview]:
-        todo = iter(reads)
+        todo = iter(pieces)
         while True:
-            while free and (read := next(todo, None)):
-                buffer = free.pop()
-                pending.append((pool.submit(_fill, read, buffer), buffer))
+            while free and (piece := next(todo, None)):
+                space = free.pop()
+                pending.append((pool.submit(piece, space), space))
             if not pending:
                 return
-            future, buffer = pending.popleft()
+            future, space = pending.popleft()
             yield future.result()
-            free.append(buffer)
+            free.append(space)
 
-    with ThreadPoolExecutor(READS_AHEAD) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         try:
             yield results(pool)
         finally:
             for future, _ in pending:
                 future.cancel()
-
-
-def _data(
-    tensor: Planned, models: Sequence[Checkpoint], pieces: Iterator[memoryview]
-) -> Iterator[memoryview]:
-    """The bytes of `tensor`, piece by piece; `pieces` continues with its reads."""
-    if isinstance(tensor.op, Normal):
-        yield _normal(tensor.name, tensor.spec, tensor.op)
-        return
-    weights = [weight for _, weight in _sources(tensor, models)]
-    for _, length in _pieces(tensor.spec):
-        if len(weights) == 1:
-            yield next(pieces)
-        else:
-            yield _mean(tensor.spec.dtype, length, weights, pieces)
-
-
-# Arithmetic.
-
-
-def _mean(
-    dtype: str, length: int, weights: Sequence[float], pieces: Iterator[memoryview]
-) -> memoryview:
-    """Weighted mean of one piece of every source."""
-    kind = DTYPES[dtype]
-    total = np.empty(length // kind.stored.itemsize, kind.summed)
-    blocks = [slice(i, i + BLOCK) for i in range(0, total.size, BLOCK)]
-    # Infinities and NaN in a source stay what they are, without a warning per block.
-    with np.errstate(over="ignore", invalid="ignore"):
-        for position, weight in enumerate(weights):
-            source = np.frombuffer(next(pieces), kind.stored)
-            for block in blocks:
-                values = _widen(source[block], dtype)
-                values = values if weight == 1 else values * weight
-                # Not added to zero: 0.0 + -0.0 loses the sign.
-                total[block] = values if position == 0 else total[block] + values
-        out = np.empty(total.size, kind.stored)
-        for block in blocks:
-            out[block] = _narrow(total[block] / math.fsum(weights), dtype)
-    return out.data.cast("B")
-
-
-def _widen(values: _Array, dtype: str) -> _Array:
-    if dtype != "BF16":
-        return values.astype(DTYPES[dtype].summed)
-    return (values.astype(np.uint32) << 16).view(np.float32)
-
-
-def _narrow(values: _Array, dtype: str) -> _Array:
-    """Cast once, to nearest even."""
-    if dtype != "BF16":
-        return values.astype(DTYPES[dtype].stored)
-    # NaN stays NaN: the low half of a NaN that comes from bf16 sources is zero, nothing carries.
-    bits = values.view(np.uint32)
-    rounded: _Array = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
-    return rounded.astype(np.uint16)
-
-
-def _normal(name: str, spec: TensorSpec, op: Normal) -> memoryview:
-    """Draws that depend on seed and tensor name alone, not on the order of tensors or shards."""
-    key = hashlib.sha256(f"{op.seed}/{name}".encode()).digest()[:16]
-    draws = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    values = draws.standard_normal(_items(spec), np.float32) * np.float32(op.std)
-    return _narrow(values, spec.dtype).data.cast("B")

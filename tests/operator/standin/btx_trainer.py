@@ -44,6 +44,7 @@ def preflight(work, root):
         seed="s" * 22,
         tokenizer="t" * 22,
         domains=tuple(f"{name:x<22}" for name in spec.domains()),
+        tasks=tuple(f"{task.name:q<22}" for task in spec.evaluate.tasks),
     )
     stages = [node.stage for node in graph(spec, found, uid=work.uid).values()]
     done = [(root / manifest_key(stage.kind, stage.digest)).exists() for stage in stages]

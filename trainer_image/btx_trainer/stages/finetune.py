@@ -6,7 +6,7 @@ inputs: (mixed model, prepared domains...).
 from dataclasses import replace
 
 from btx_api.spec import Phase
-from btx_api.stage import FinetuneRecipe
+from btx_api.stage import ROUTER_TOKENS, FinetuneRecipe
 from torch import Tensor
 
 from btx_trainer import routing
@@ -14,9 +14,6 @@ from btx_trainer.data import Sampler
 from btx_trainer.loop import Job, begin, parts_of, train
 from btx_trainer.model import freeze
 from btx_trainer.work import Made, Work
-
-ROUTER_TOKENS = 65_536
-"""Of a domain's training data, for the router's start; never more than one batch."""
 
 
 def run(work: Work) -> Made:
@@ -28,7 +25,8 @@ def run(work: Work) -> Made:
     assert isinstance(recipe, FinetuneRecipe)
     job = begin(work, recipe, recipe.data)
     config = job.model.config
-    rule = routing.rule_for(recipe.routing, config.num_local_experts)
+    experts = routing.count_experts(job.model)
+    rule = routing.rule_for(recipe.routing, experts, config.model_type)
     routing.install(job.model, rule)
     freeze(job.model, recipe.trainable)
     exported = rule.export(config.model_type)
