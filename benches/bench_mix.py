@@ -5,7 +5,8 @@ one Mixture of Experts: 3.9 GB in, 2.8 GB out. Ours is the stage as the engine s
 process, inputs verified by their CRC32C, attention, embeddings and norms averaged in fp32 (the
 peer takes those of one model), the output's CRC32C, fsync, the commit. mergekit-moe writes without
 fsync and averages nothing. `cp` is measured with fsync beside ours as it is, and without beside
-ours with os.fsync doing nothing. A wider and deeper model shows that memory stays.
+ours with os.fsync doing nothing. Every contender begins with nothing left to write. A larger model
+shows that memory stays.
 """
 
 import json
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,13 @@ WITHOUT_FSYNC = (
     "import os, sys; os.fsync = lambda file: None;"
     "from btx_trainer.__main__ import main; sys.exit(main())"
 )
-FSYNC = 'import os, sys; os.fsync(os.open(sys.argv[1], os.O_RDONLY)); print("{}")'
 Size = tuple[int, int, int, int]
 """hidden, intermediate, layers, vocabulary."""
 SIZES: dict[str, Size] = {
     "4 x 0.49 B": (1536, 4096, 16, 12_288),
-    "4 x 1.0 B, wider": (3072, 8192, 8, 24_576),
+    "4 x 1.1 B, tensors 4 x as large": (3072, 8192, 8, 24_576),
     "tiny": (64, 96, 2, 512),
-    "tiny, wider": (128, 192, 2, 512),
+    "tiny, tensors 4 x as large": (128, 192, 2, 512),
 }
 
 
@@ -64,8 +65,11 @@ def main() -> None:
     arguments = common.options(__doc__ or "")
     os.environ |= {"XDG_CACHE_HOME": str(FOLDER / "cache"), "HF_HUB_OFFLINE": "1"}
     first, second = list(SIZES)[2:] if arguments.tiny else list(SIZES)[:2]
-    rows = compare(Models.made(first), arguments.rounds or (1 if arguments.tiny else 5))
-    rows += memory(Models.made(second))
+    rows = compare(Models.made(first, 3), arguments.rounds or (1 if arguments.tiny else 5))
+    shutil.rmtree(FOLDER)
+    # One member three times: opened, verified and read as three, and less to write before.
+    rows += memory(Models.made(second, 1))
+    shutil.rmtree(FOLDER)
     packages = ("numpy", "google-crc32c", "mergekit", "torch", "transformers")
     common.finish("mix", rows, tiny=arguments.tiny, packages=packages)
 
@@ -81,32 +85,31 @@ class Models:
     members: tuple[Artifact, ...]
 
     @classmethod
-    def made(cls, name: str) -> "Models":
-        """Writes them, unless an earlier run has."""
-        size, folder = SIZES[name], FOLDER / name.replace(" ", "-")
+    def made(cls, name: str, different: int) -> "Models":
+        """Writes a seed and so many different members, of which there are three in all."""
+        size, folder = SIZES[name], FOLDER / "models"
         storage, seed = Storage(uri=f"file://{folder}/storage"), folder / "seed"
-        store = open_store(storage)
-        stages = [Stage(kind=Kind.TRAIN, version=1, recipe={"n": n}, inputs=()) for n in range(3)]
-        if not (folder / "made").exists():
-            print(f"writing {name}", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            write_model(size, 3, lambda file: open_store(Storage(uri=f"file://{seed}")).sink(file))
-            for number, stage in enumerate(stages):
-                attempt = Attempt(store, stage)
-                write_model(size, number, attempt.sink)
-                attempt.commit(metrics={}, deviations=(), maker=Maker(), parents=())
-            # The seed's hash is looked up, as after preflight.
-            time.sleep(SETTLED_SECONDS)
-            (folder / "made").touch()
-        found = [find(store, stage.kind, stage.digest) for stage in stages]
-        members = tuple(artifact for artifact in found if artifact)
-        return cls(name=name, folder=folder, storage=storage, seed=seed, members=members)
+        store, members = open_store(storage), []
+        print(f"writing {name}", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        outside = open_store(Storage(uri=f"file://{seed}"))
+        write_model(size, different, outside.sink)
+        for number in range(different):
+            attempt = Attempt(
+                store, Stage(kind=Kind.TRAIN, version=1, recipe={}, inputs=(), salt=str(number))
+            )
+            write_model(size, number, attempt.sink)
+            members.append(attempt.commit(metrics={}, deviations=(), maker=Maker(), parents=()))
+        # The seed's hash is looked up, as after preflight: that of a young file is not kept.
+        time.sleep(SETTLED_SECONDS)
+        used = tuple(islice(cycle(members), 3))
+        return cls(name=name, folder=folder, storage=storage, seed=seed, members=used)
 
     @property
     def paths(self) -> list[Path]:
         """Folders of the seed and of the members."""
         root = self.folder / "storage"
-        return [self.seed, *(root / member.key("config.json") for member in self.members)]
+        return [self.seed, *((root / member.key("x")).parent for member in self.members)]
 
     def task(self, salt: int) -> Task:
         """A mix that was never done."""
@@ -160,16 +163,11 @@ def drawn(seed: int, size: int) -> Iterator[memoryview]:
         size -= len(part)
 
 
-def fresh() -> None:
-    """Every contender begins with nothing left to write."""
-    os.sync()
-
-
 def ours(models: Models, salt: int, *command: str) -> common.Sample:
     """The stage in a process of its own; its output is deleted afterwards."""
     task = models.task(salt)
     assert task.stage
-    fresh()
+    os.sync()
     command = command or ("-m", "btx_trainer")
     sample = common.run([common.OURS, *command], **{TASK_ENV: json.dumps(task.plain())})
     shutil.rmtree(models.folder / "storage/stages/mix" / task.stage.digest)
@@ -178,12 +176,12 @@ def ours(models: Models, salt: int, *command: str) -> common.Sample:
 
 def mergekit(models: Models, program: Path) -> common.Sample:
     """The peer at its best setting, on the same four models."""
-    seed, *members = (str(path.parent if path.is_file() else path) for path in models.paths)
+    seed, *members = map(str, models.paths)
     experts = [{"source_model": path, "positive_prompts": [""]} for path in (*members, seed)]
     config = {"base_model": seed, "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
     file, target = models.folder / "mergekit.yml", models.folder / "mergekit"
     file.write_text(json.dumps(config))
-    fresh()
+    os.sync()
     sample = common.run([program, file, target, *BEST])
     shutil.rmtree(target)
     return sample
@@ -192,7 +190,7 @@ def mergekit(models: Models, program: Path) -> common.Sample:
 def copy(models: Models, source: Path, *, durable: bool) -> common.Sample:
     """`cp` of our output's files; `durable`: and fsync of each, timed with it."""
     target = models.folder / "copy"
-    fresh()
+    os.sync()
     samples = [common.run(["cp", "-r", source, target])]
     if durable:
         samples += [common.run(["sync", *target.iterdir()])]

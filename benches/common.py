@@ -165,7 +165,8 @@ def finish(name: str, rows: Sequence[Row], *, tiny: bool, packages: Iterable[str
     folder.mkdir(parents=True, exist_ok=True)
     about = {"machine": machine(), "versions": versions(packages), "date": time.strftime("%F")}
     path = folder / f"{name}.json"
-    path.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n")
+    rows = [{**row, **about, **({"met": None} if tiny else {})} for row in rows]
+    path.write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
         print(_line(row))
     print(f"{path.relative_to(ROOT)}; {about['machine']}; {about['versions']}")

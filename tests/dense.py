@@ -4,6 +4,7 @@ For tests: the sizes show what is confused (grouped heads, more FFN than hidden)
 is random, norms and biases too, and the fields that only one family has are odd.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ TARGETS = {
 
 def dense_config(family: str, **changes: Any) -> PreTrainedConfig:
     """The stock config of a small model."""
-    return AutoConfig.for_model(family, **(SIZES | OWN[family] | changes))
+    # Stock fills in the rope's dict where it is.
+    return AutoConfig.for_model(family, **deepcopy(SIZES | OWN[family] | changes))
 
 
 def moe_config(target: str, experts: int, **changes: Any) -> PreTrainedConfig:
@@ -64,7 +66,7 @@ def moe_config(target: str, experts: int, **changes: Any) -> PreTrainedConfig:
     }
     count = "num_local_experts" if target in ("mixtral", "granitemoe") else "num_experts"
     sizes = SIZES | {"num_experts_per_tok": 2, count: experts}
-    return AutoConfig.for_model(target, **(sizes | own[target] | changes))
+    return AutoConfig.for_model(target, **deepcopy(sizes | own[target] | changes))
 
 
 def write_dense(

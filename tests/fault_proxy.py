@@ -243,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = answer.getheader("Content-Length") if self.command == "HEAD" else len(data)
         self.send_header("Content-Length", str(length or 0))
         self.end_headers()
-        if fault is Fault.SLOW:
+        if fault is Fault.SLOW and len(sent) > 2**16:
             self._trickle(sent)
         else:
             self.wfile.write(sent)

@@ -29,8 +29,10 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[str]:
+def serving(folder: Path, volumes: int = 20) -> Iterator[str]:
     """Address of a server that keeps its data below `folder`, with the bucket in it.
+
+    A volume holds 64 MB; what is overwritten is not given back soon.
 
     Its credentials are in the environment from then on.
     """
@@ -43,7 +45,7 @@ def serving(folder: Path) -> Iterator[str]:
     command = [
         binary, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3",
         f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0",
-        "-master.volumeSizeLimitMB=64", "-volume.max=20",
+        "-master.volumeSizeLimitMB=64", f"-volume.max={volumes}",
         *(f"-{role}.port={port}" for role, port in zip(roles, ports, strict=False)),
         *(f"-{role}.port.grpc={port}" for role, port in zip(roles, ports[4:], strict=True)),
     ]  # fmt: skip

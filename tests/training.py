@@ -1,6 +1,6 @@
 """A small storage in which train and finetune stages run for real: models, domains, tasks.
 
-Used by tests/trainer/test_loop.py (in this process) and test_train_stage.py (in processes).
+Used by tests/trainer/test_loop.py (in this process) and test_kills.py (in processes).
 """
 
 import json

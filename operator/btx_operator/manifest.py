@@ -67,11 +67,15 @@ class _Yaml12(yaml.SafeLoader):
         try:
             return int(text[2:] if base != 10 else text, base)
         except ValueError:
-            raise _at(node, f"an integer of {len(text)} digits") from None
+            raise _at(node, f"{text[:40]!r} ({len(text)} characters) is not an integer") from None
 
     def real(self, node: yaml.ScalarNode) -> float:
         """`!!float` of the core schema; .inf and .nan are for the spec to refuse."""
-        return float(re.sub(r"\.(?=inf|nan)", "", str(self.construct_scalar(node)).lower()))
+        text = str(self.construct_scalar(node)).lower()
+        try:
+            return float(re.sub(r"\.(?=inf|nan)", "", text))
+        except ValueError:
+            raise _at(node, f"{text[:40]!r} is not a number") from None
 
     def truth(self, node: yaml.ScalarNode) -> bool:
         """`!!bool` of the core schema: true and false only."""

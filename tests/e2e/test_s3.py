@@ -10,6 +10,7 @@ from typing import Any
 import boto3
 import google_crc32c
 import pytest
+import yaml
 from fault_proxy import ALL, Fault, Script, faulty
 from s3_server import BUCKET
 from workspace import Workspace
@@ -85,10 +86,18 @@ def outside(inputs: Workspace, s3_endpoint: str) -> str:
 
 
 def with_inputs_there(workspace: Workspace, prefix: str, **changes: Any) -> str:
-    """A manifest whose seed and sources are s3://."""
-    name = workspace.manifest(**changes)
+    """A manifest of two experts whose seed and sources are s3://, trained on one thread each."""
+    name = workspace.manifest(
+        execution={kind: {"threads": 1} for kind in ("train", "finetune", "evaluate")},
+        finetune__data__0__domains={"code": 1, "math": 1},
+        evaluate__domains=[{"name": "code"}, {"name": "math"}],
+        evaluate__tasks=[],
+        **changes,
+    )
     path = workspace.folder / name
-    path.write_text(path.read_text().replace("file://build", f"s3://{BUCKET}/{prefix}/build"))
+    run = yaml.safe_load(path.read_text().replace("file://build", f"s3://{BUCKET}/{prefix}/build"))
+    run["spec"]["experts"] = [e for e in run["spec"]["experts"] if e["name"] != "prose"]
+    path.write_text(yaml.safe_dump(run, sort_keys=False))
     return name
 
 
@@ -99,13 +108,9 @@ def finished(
     """A run without faults."""
     workspace = inputs.copy(tmp_path_factory.mktemp("finished") / "w")
     prefix = f"plain-{uuid.uuid4().hex}"
-    changes = {"storage": storage(s3_endpoint, prefix), **ONE_THREAD}
-    workspace.btx("run", with_inputs_there(workspace, outside, **changes))
+    there = storage(s3_endpoint, prefix)
+    workspace.btx("run", with_inputs_there(workspace, outside, storage=there))
     yield OnS3(workspace, s3_endpoint, prefix)
-
-
-ONE_THREAD = {"execution": {kind: {"threads": 1} for kind in ("train", "finetune", "evaluate")}}
-"""Equal bits need equal thread counts."""
 
 
 def test_a_run_through_every_fault_ends_in_the_same_bytes(
@@ -117,8 +122,8 @@ def test_a_run_through_every_fault_ends_in_the_same_bytes(
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     script = Script(rates=ALL, seed=11)
     with faulty(s3_endpoint, script) as proxy:
-        changes = {"storage": storage(proxy.endpoint, prefix), **ONE_THREAD}
-        workspace.btx("run", with_inputs_there(workspace, outside, **changes))
+        there = storage(proxy.endpoint, prefix)
+        workspace.btx("run", with_inputs_there(workspace, outside, storage=there))
     run = OnS3(workspace, s3_endpoint, prefix)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 

@@ -15,6 +15,7 @@ from btx_trainer.page import page
 from btx_trainer.report import card, compare, sentences, text_table
 from btx_trainer.routing import LayerRouting
 from btx_trainer.scores import Answered, Asked, Measured, Report, Sums, tabulate
+from btx_trainer.table import task_table
 from btx_trainer.tally import EXCERPT, Tally, excerpt
 
 DOMAINS = ("code", "prose", "general", "extra")
@@ -326,6 +327,27 @@ def test_runs_are_compared_on_tasks_that_were_asked_alike() -> None:
     other = better.model_copy(update={"tasks": (pick.model_copy(update={"shots": 5}), write)})
     text = " ".join(compare([("one", report()), ("two", other)]))
     assert "Most right by task: write one and two (45.0%)." in text
+
+
+def test_a_run_without_tasks_takes_none_from_another() -> None:
+    """What both share (here: all but the final model) keeps the accuracies of the one that asked."""
+    silent = report({**LOSSES, "final": (1.7, 1.8, 1.9, 2.2)})
+    silent = silent.model_copy(
+        update={
+            "tasks": (),
+            "models": tuple(row.model_copy(update={"tasks": {}}) for row in silent.models),
+        }
+    )
+    same = {"origin": "content/same"}
+    runs = [
+        (name, found.model_copy(update={"models": tuple(
+            row.model_copy(update=same) for row in found.models
+        )}))
+        for name, found in (("one", report()), ("two", silent))
+    ]  # fmt: skip
+
+    lines = [title for title, _, _ in task_table(runs)]
+    assert lines == ["seed", "code expert", "prose expert", "soup", "one: final"]
 
 
 # Layers.

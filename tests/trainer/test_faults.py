@@ -368,7 +368,7 @@ def storage_at(endpoint, prefix):
 def test_two_writers_of_one_digest_race(s3_endpoint, prefix):
     """Both trainers reach their commit before either is let through: one manifest, one winner."""
     store, count, both = store_at(s3_endpoint, prefix), trials(30), threading.Barrier(2)
-    store.put("text.jsonl", b'{"text": "one document"}\n' * 100)
+    store.put("text.jsonl", b"".join(b'{"text": "document %d"}\n' % i for i in range(100)))
     tokens = []
 
     def hold(request):
@@ -396,13 +396,14 @@ def test_two_writers_of_one_digest_race(s3_endpoint, prefix):
 
 
 def test_a_slow_transfer_is_no_stall(s3_endpoint, prefix):
-    """One request of 8 s in a stage that may be silent for 3 s: bytes keep coming."""
+    """One request of 15 s in a stage that may be silent for 8 s: bytes keep coming."""
     store = store_at(s3_endpoint, prefix)
-    store.put("text.jsonl", b'{"text": "%s"}\n' % (b"x" * 1000) * 4000)
-    script = Script(rates={Fault.SLOW: 1.0}, pieces=40, pause=0.2)
+    lines = (b'{"text": "%d %s"}\n' % (i, b"x" * 1000) for i in range(4000))
+    store.put("text.jsonl", b"".join(lines))
+    script = Script(rates={Fault.SLOW: 1.0}, pieces=50, pause=0.3)
     with faulty(s3_endpoint, script) as proxy:
         storage = storage_at(proxy.endpoint, prefix)
-        task = prepare_task(storage, f"{prefix}/text.jsonl", no_progress_seconds=3)
+        task = prepare_task(storage, f"{prefix}/text.jsonl", no_progress_seconds=8)
         done = run_trainer(task)
     assert done.code == Exit.OK, done.err
     assert script.counts[Fault.SLOW]

@@ -221,11 +221,11 @@ def test_packed_documents_cannot_see_each_other(family, attention):
     model.set_attn_implementation(attention)
     documents = [tokens(length, seed) for seed, length in enumerate([9, 1, 17, 14])]
     with torch.no_grad():
-        packed = forward_hidden(model, *packed_inputs(documents))
-        apart = [forward_hidden(model, *packed_inputs([document])) for document in documents]
-        leaking = forward_hidden(
-            model, packed_inputs(documents)[0], torch.arange(packed.shape[1])[None]
-        )
+        head = model.get_output_embeddings()
+        ids, positions = packed_inputs(documents)
+        packed = head(forward_hidden(model, ids, positions))
+        apart = [head(forward_hidden(model, *packed_inputs([document]))) for document in documents]
+        leaking = head(forward_hidden(model, ids, torch.arange(packed.shape[1])[None]))
     apart = torch.cat(apart, dim=1)
     assert (packed - apart).abs().max() <= 1e-5
     assert (leaking - apart).abs().max() > 0.1
@@ -263,6 +263,20 @@ def test_chunked_cross_entropy_is_the_plain_one(tied, chunk):
 
     for ours, theirs in zip(gradients(chunked), gradients(mean), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_head_costs_no_gradient_and_an_evaluation_no_graph():
+    """The rows' gradient is the same with the head frozen, and the loss is without gradients."""
+    hidden, weight = torch.randn(9, 32, requires_grad=True), torch.randn(VOCABULARY, 32)
+    labels = torch.arange(9)
+    total, _ = chunked_cross_entropy(hidden, weight, labels, chunk=4)
+    (3 * total).backward()
+    plain = 3 * F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    torch.testing.assert_close(hidden.grad, torch.autograd.grad(plain, hidden)[0])
+    assert weight.grad is None
+    with torch.no_grad():
+        assert torch.equal(chunked_cross_entropy(hidden, weight, labels, chunk=4)[0], total)
+        assert not chunked_cross_entropy(hidden, weight, labels)[0].requires_grad
 
 
 def test_no_logits_outlive_their_chunk():

@@ -288,9 +288,10 @@ def test_formats_on_every_storage(storage, store, tmp_path):
     store.put("data/b.jsonl.zst", pyarrow.compress(lines({"text": "two"}), "zstd", asbytes=True))
     store.put("data/c.parquet", (tmp_path / "c.parquet").read_bytes())
     store.put("data/d.md", b"four")
+    store.put("data/e.txt.gz", gzip.compress(b"five"))
     files = list_files(Source(uri=f"{storage.uri}/data/"), storage)
     found = [documents(chunk, LIMIT).texts for chunk in chunks(files, SourceShape(), LIMIT)]
-    assert found == [[b"one"], [b"two"], [b"three"], [b"four"]]
+    assert found == [[b"one"], [b"two"], [b"three"], [b"four"], [b"five"]]
 
 
 def test_progress_covers_the_files(tmp_path):

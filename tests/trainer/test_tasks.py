@@ -14,6 +14,7 @@ from btx_trainer import routing
 from btx_trainer.answers import Desk, answer
 from btx_trainer.errors import ConfigurationError
 from btx_trainer.model import load_model, new_model, save_model
+from btx_trainer.storage import open_store
 from btx_trainer.tasks import Questions, given, matches, normalised, read, stops
 from btx_trainer.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from builders import resolved_for, spec_of
@@ -321,6 +322,18 @@ def test_shots_must_leave_something_to_score(tmp_path: Path) -> None:
     assert len(task(tmp_path, lines, shots=1).asked) == 1
     with pytest.raises(ConfigurationError, match=r"q.jsonl: has 2 records; 2 shots leave none"):
         task(tmp_path, lines, shots=2)
+
+
+def test_questions_are_read_wherever_a_source_may_be(storage: Storage) -> None:
+    """file:// and s3://, several files in the order of their names."""
+    store = open_store(storage)
+    for name, text in (("b", "second"), ("a", "first")):
+        store.put(f"asked/{name}.jsonl", json.dumps({**GOOD, "question": text}).encode())
+    asked = EvaluationTask(name="q", uri=f"{storage.uri}/asked/*.jsonl")
+
+    found = read(asked, task_source(asked), storage)
+
+    assert [question.text for question in found.asked] == ["first", "second"]
 
 
 def test_chance_is_the_mean_over_the_questions(tmp_path: Path) -> None:

@@ -224,6 +224,7 @@ def _meet(execution: TaskExecution) -> Ranks:
     connect = importlib.import_module("btx_trainer.distributed").connect
     # The watchdog is to end a rank that waits for another, not this limit.
     ranks: Ranks = connect(here(), 2 * execution.no_progress_seconds)
+    logging.info("rank %d of %d", ranks.rank, ranks.world)
     return ranks
 
 

@@ -5,6 +5,7 @@ rank nothing here touches the model. With several each holds a part of the rows 
 (FSDP2, block by block), and whoever runs the model does it through `forward`.
 """
 
+import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -132,8 +133,18 @@ def set_up(scheduling: Scheduling, precision: Precision) -> Compute:
     torch.use_deterministic_algorithms(device.type == "cpu")
     # Meant for finding reads of fresh memory; it writes every new tensor twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set on the module's class
+    if device.type == "cpu":
+        _keep_memory()
     ranks = Group() if dist.is_initialized() else Ranks()
     return Compute(device=device, precision=precision, ranks=ranks)
+
+
+def _keep_memory() -> None:
+    """Lets the C library keep what is freed: fresh pages for every large tensor cost time."""
+    with suppress(AttributeError, OSError):  # another C library than GNU's
+        c_library = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
+            c_library.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def place_model(model: PreTrainedModel, compute: Compute) -> None:

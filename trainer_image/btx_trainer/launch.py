@@ -1,6 +1,6 @@
 """The parent of several ranks: starts them, passes SIGTERM on, leaves no process behind.
 
-No torch: a plain child per rank (docs/decisions/0010). Called by __main__ for the kinds that train.
+No torch: a plain child per rank (docs/decisions/0011). Called by __main__ for the kinds that train.
 """
 
 import os
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,21 +187,22 @@ def _watched(
     left = dict(enumerate(processes))
     deadline, told, killed = float("inf"), False, False
     while left:
-        for number, process in list(left.items()):
-            if process.poll() is not None:
-                del left[number]
-                ended.append(_Ended(number=number, code=process.returncode, killed=killed))
-                if ended[-1].exit not in (Exit.OK, Exit.PREEMPTED):
-                    deadline = min(deadline, time.monotonic() + LAST_WORDS)
+        for number in [number for number, process in left.items() if process.poll() is not None]:
+            ended.append(_Ended(number=number, code=left.pop(number).returncode, killed=killed))
+            if ended[-1].exit not in (Exit.OK, Exit.PREEMPTED):
+                deadline = min(deadline, time.monotonic() + LAST_WORDS)
         if stopping() and not told:
             told, deadline = True, min(deadline, time.monotonic() + grace)
-            for process in left.values():
-                process.terminate()
+            _send(signal.SIGTERM, left.values())
         if killed := killed or time.monotonic() >= deadline:
-            for process in left.values():
-                process.kill()
+            _send(signal.SIGKILL, left.values())
         time.sleep(POLL)
     return ended
+
+
+def _send(number: int, processes: Iterable["subprocess.Popen[bytes]"]) -> None:
+    for process in processes:
+        process.send_signal(number)
 
 
 def _outcome(ended: Sequence[_Ended], results: Sequence[Path]) -> Result:

@@ -6,6 +6,7 @@ No torch. Called by stages/average.py and stages/mix.py.
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import Any, Self
@@ -23,7 +24,7 @@ from btx_trainer.families import (
 )
 from btx_trainer.numerics import DTYPES
 from btx_trainer.storage import MODEL_FILES, Sink
-from btx_trainer.weights import Checkpoint, LocalFolder, open_checkpoint, write_plan
+from btx_trainer.weights import THREADS, Checkpoint, LocalFolder, open_checkpoint, write_plan
 from btx_trainer.work import Made, Work
 
 _MADE_HERE = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -34,9 +35,12 @@ def open_models(work: Work) -> tuple[Dense, list[Checkpoint]]:
 
     Raises ConfigurationError naming the model and the first field or tensor that differs.
     """
+    # Verifying is reading and a checksum, both outside the interpreter's lock.
+    with ThreadPoolExecutor(THREADS) as pool:
+        folders = list(pool.map(lambda item: item.fetch(), work.inputs))
     models = [
-        open_checkpoint(LocalFolder(item.fetch()), f"input {i}" if i else "seed")
-        for i, item in enumerate(work.inputs)
+        open_checkpoint(LocalFolder(folder), f"input {i}" if i else "seed")
+        for i, folder in enumerate(folders)
     ]
     seed, *members = models
     dense = read_config(seed.config, seed.where)

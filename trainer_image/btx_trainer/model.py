@@ -152,7 +152,7 @@ def chunked_cross_entropy(
     already the token to predict at its place or IGNORED. At most `chunk` rows of logits are alive.
     """
     targets = labels.reshape(-1)
-    total: Tensor = _Nats.apply(
+    total: Tensor = _Nats.apply(  # type: ignore[no-untyped-call]  # torch has no type for it
         hidden.reshape(-1, hidden.shape[-1]), weight, targets, chunk, torch.is_grad_enabled()
     )
     return total, (targets != IGNORED).sum()
@@ -165,7 +165,7 @@ class _Nats(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd passes them by position
         ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, chunk: int, graph: bool
     ) -> Tensor:
         """rows [n, hidden size], weight [vocabulary, hidden size], targets [n] -> []."""

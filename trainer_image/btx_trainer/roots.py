@@ -99,7 +99,8 @@ def collect(errand: Gc, store: Store, now: float) -> str:
         if not errand.dry_run:
             _delete(store, heads)
     unfinished = sum(
-        store.delete_unfinished(folder, oldest, dry_run=errand.dry_run)
+        # Whatever keep_days: a writer that lives has written something within a day.
+        store.delete_unfinished(folder, min(oldest, now - DAY), dry_run=errand.dry_run)
         for folder in (STAGES_FOLDER, RUNS_FOLDER)
     )
     verb = "would be deleted" if errand.dry_run else "deleted"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 import google_crc32c
+import numpy as np
 from btx_api.spec import Storage
 
 from btx_trainer.errors import ConfigurationError
@@ -84,11 +85,8 @@ def extend_crc(crc: int, data: Bytes) -> int:
     """CRC32C of what `crc` covers followed by `data`; begins with 0."""
     if isinstance(data, bytes):
         return int(google_crc32c.extend(crc, data))
-    view = memoryview(data).cast("B")
-    for start in range(0, len(view), READ_BYTES):
-        # The library takes nothing but bytes.
-        crc = google_crc32c.extend(crc, bytes(view[start : start + READ_BYTES]))
-    return crc
+    # The library takes bytes or an array, which copies nothing, but no other buffer.
+    return int(google_crc32c.extend(crc, np.frombuffer(data, np.uint8))) if len(data) else crc
 
 
 class Sink(ABC):
@@ -355,10 +353,10 @@ class FileStore(Store):
         count = 0
         for path in sorted((self.root / prefix).rglob(f"{_UNFINISHED}*")):
             with suppress(FileNotFoundError):
-                if path.stat().st_mtime < before:
-                    count += 1
-                    if not dry_run:
-                        self.delete(str(path.relative_to(self.root)))
+                old = path.stat().st_mtime < before
+                count += old
+                if old and not dry_run:
+                    self.delete(str(path.relative_to(self.root)))
         return count
 
 

@@ -148,7 +148,10 @@ def _models(runs: Runs) -> list[tuple[str, Row]]:
             losses = tuple((domain, score.loss) for domain, score in row.scores.items())
             key = (row.origin, losses) if row.origin else (name, i)
             shared = key in found or len(runs) == 1
-            found[key] = (row.title if shared else f"{name}: {row.title}", row)
+            # Not every run need have asked the same tasks.
+            tasks = {**found[key][1].tasks, **row.tasks} if key in found else row.tasks
+            title = row.title if shared else f"{name}: {row.title}"
+            found[key] = (title, row.model_copy(update={"tasks": tasks}))
     return list(found.values())
 
 

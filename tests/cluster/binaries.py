@@ -1,0 +1,173 @@
+"""The programs of a real cluster: built or unpacked once, kept outside the clone.
+
+Kubernetes and CoreDNS are built from pinned Go modules (`tools/`); etcd, containerd, runc, the CNI
+plugins and iptables are unpacked from Debian packages. Nothing is installed, nothing needs root.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+TOOLS = Path(__file__).parent / "tools"
+KUBERNETES = (
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+    "kube-proxy",
+)
+# Of Debian's stable release containerd and etcd are too old, of the newest one runc and iptables
+# want a newer libc.
+NEWEST = ("etcd-server", "containerd", "containernetworking-plugins")
+STABLE = (
+    "runc", "libseccomp2", "iptables", "libip4tc2", "libip6tc2", "libxtables12", "libmnl0",
+    "libnetfilter-conntrack3", "libnfnetlink0", "libnftnl11", "conntrack",
+)  # fmt: skip
+# The API server turns RequestWatchProgress on from this etcd on; without it watch lists fail.
+LEAST_ETCD = (3, 5, 13)
+
+
+def cache_folder() -> Path:
+    """Where programs are kept; `BTX_CLUSTER_CACHE` moves it."""
+    return Path(os.environ.get("BTX_CLUSTER_CACHE") or Path.home() / ".cache/btx-operator")
+
+
+def kubernetes() -> Path:
+    """Folder with the five Kubernetes programs: `$KUBEBUILDER_ASSETS` if it has all of them."""
+    given = os.environ.get("KUBEBUILDER_ASSETS")
+    if given and all((Path(given) / name).is_file() for name in KUBERNETES):
+        return Path(given)
+    module = (TOOLS / "kubernetes/go.mod").read_text()
+    pinned = re.search(
+        r"^\s*(?:require )?k8s\.io/kubernetes v(1\.(\d+)\.\d+)$", module, re.MULTILINE
+    )
+    assert pinned, "tools/kubernetes/go.mod does not pin k8s.io/kubernetes"
+    # Unstamped programs call themselves v0.0.0-master, which Helm cannot parse.
+    stamps = {
+        "gitVersion": f"v{pinned[1]}", "gitMajor": "1", "gitMinor": pinned[2],
+        "gitTreeState": "clean", "gitCommit": "0" * 40, "buildDate": "1970-01-01T00:00:00Z",
+    }  # fmt: skip
+    packages = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
+    stamped = " ".join(f"-X {p}.{key}={value}" for p in packages for key, value in stamps.items())
+    return go_build(
+        "kubernetes",
+        [f"k8s.io/kubernetes/cmd/{name}" for name in KUBERNETES],
+        ("-tags", "selinux,notest,grpcnotrace", "-ldflags", f"-s -w {stamped}"),
+    )
+
+
+def coredns() -> Path:
+    """The program of the cluster's DNS."""
+    return go_build("coredns", ["."], ("-ldflags", "-s -w")) / "coredns"
+
+
+def go_build(module: str, packages: Sequence[str], flags: Sequence[str]) -> Path:
+    """Folder with the programs of a module below `tools/`, keyed by all that goes into them."""
+    folder = TOOLS / module
+    flags = ("-mod=readonly", "-buildvcs=false", "-trimpath", *flags)
+    environment = os.environ | {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": ""}
+    # Both ways to say how many cores the build may take stay in the user's hands.
+    for variable in ("GOMAXPROCS",):
+        if variable in os.environ:
+            flags = (*flags, "-p", os.environ[variable])
+    version = subprocess.run(
+        ["go", "version"], env=environment, capture_output=True, check=True
+    ).stdout
+    sources = [path.read_bytes() for path in sorted(folder.iterdir())]
+    keyed = [flag for flag in flags if flag not in ("-p", os.environ.get("GOMAXPROCS"))]
+    key = [version, *sources, *(flag.encode() for flag in (*keyed, *packages))]
+
+    def build(target: Path) -> None:
+        # One after the other: the API server alone takes 2.5 GB.
+        for package in packages:
+            command = ["nice", "-n", "19", "go", "build", *flags, "-o", f"{target}/", package]
+            subprocess.run(command, cwd=folder, env=environment, check=True)
+
+    return once(module, key, build)
+
+
+def packages() -> Path:
+    """Root folder of the unpacked Debian packages."""
+
+    def unpack(target: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(scratch)
+        _download(scratch)
+        for archive in sorted(scratch.glob("*.deb")):
+            subprocess.run(["dpkg-deb", "-x", archive, target], check=True)
+        shutil.rmtree(scratch)
+        commands = target / "bin"
+        commands.mkdir()
+        for name in ("iptables", "ip6tables"):
+            for suffix in ("", "-save", "-restore"):
+                (commands / (name + suffix)).symlink_to("../usr/sbin/xtables-nft-multi")
+
+    scratch = cache_folder() / f"packages.{os.getpid()}"
+    return once("packages", [name.encode() for name in (*NEWEST, *STABLE)], unpack)
+
+
+def _download(folder: Path) -> None:
+    """The packages into a folder, with package lists of its own beside them."""
+    for name in ("sources", "lists/partial", "cache/archives/partial"):
+        (folder / name).mkdir(parents=True)
+    release = Path("/etc/os-release").read_text()
+    found = re.search(r"^VERSION_CODENAME=(\w+)$", release, re.MULTILINE)
+    assert found, "packages come from Debian, and this machine's release has no name"
+    targets = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    mirror = next(line.split()[0] for line in targets.splitlines() if line.endswith(f" {found[1]}"))
+    (folder / "sources/debian.sources").write_text(
+        f"Types: deb\nURIs: {mirror}\nSuites: {found[1]} sid\nComponents: main\n"
+        "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+    )
+    options = {
+        "Dir::Etc::sourcelist": "/dev/null", "Dir::Etc::sourceparts": folder / "sources",
+        "Dir::State::lists": folder / "lists", "Dir::Cache": folder / "cache",
+        "Acquire::Languages": "none", "APT::Sandbox::User": "", "Debug::NoLocking": "1",
+    }  # fmt: skip
+    apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
+    subprocess.run([*apt, "update"], check=True)
+    wanted = [f"{name}/sid" for name in NEWEST] + [f"{name}/{found[1]}" for name in STABLE]
+    subprocess.run([*apt, "download", *wanted], cwd=folder, check=True)
+
+
+def etcd() -> Path:
+    """An etcd that is new enough."""
+    given = Path(os.environ.get("KUBEBUILDER_ASSETS", "/nowhere")) / "etcd"
+    program = given if given.is_file() else packages() / "usr/bin/etcd"
+    text = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"etcd Version: (\d+)\.(\d+)\.(\d+)", text)
+    assert version and tuple(map(int, version.groups())) >= LEAST_ETCD, (
+        f"etcd must be at least {LEAST_ETCD}, {program} says {text!r}"
+    )
+    return program
+
+
+def once(name: str, key: Sequence[bytes], make: Callable[[Path], None]) -> Path:
+    """The folder `name`-<hash of key> of the cache; made if it is missing, by one process only."""
+    digest = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in key)).hexdigest()
+    folder = cache_folder() / f"{name}-{digest[:16]}"
+    with _locked(cache_folder() / f"{name}.lock"):
+        if not folder.is_dir():
+            unfinished = folder.with_suffix(".new")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,323 @@
+"""A node that plays its pods by script and is driven by the real scheduler and controllers.
+
+    python -m cluster.hollow_node KUBECONFIG NAME
+
+It registers a Node, renews its Lease and reports pods as a kubelet would, but nothing runs. What a
+pod does is in its annotation `hollow.test/script` (JSON of `Act`, or a list of them: one for each
+pod of the same owner, the last repeats). Without one it runs for 0.2 s and exits 0. Restart policy
+Never only.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import json
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import aiohttp
+from cluster.control_plane import Cluster, ready
+from kubernetes.aio import client, config, watch
+from kubernetes.client import CoreV1Api
+
+SCRIPT = "hollow.test/script"
+LABEL = "hollow.test/node"
+RENEW = 5.0
+"""Seconds between renewals of the Lease; the controller manager waits for 20."""
+
+
+class End(StrEnum):
+    """How a pod ends when nobody deletes it."""
+
+    EXIT = "exit"
+    EVICT = "evict"
+    HANG = "hang"
+
+
+class Begin(StrEnum):
+    """What happens before a container runs."""
+
+    RUN = "run"
+    NEVER = "never"
+    PULL_ERROR = "pull-error"
+
+
+@dataclass(frozen=True)
+class Act:
+    """One pod's script: start, run for `seconds`, end."""
+
+    begin: Begin = Begin.RUN
+    seconds: float = 0.2
+    end: End = End.EXIT
+    exit: int = 0
+    message: str = ""
+    """Termination message, cut to 4096 bytes as a kubelet does."""
+    on_term: int = 143
+    """Exit code after SIGTERM."""
+    term_message: str = ""
+    deaf: bool = False
+    """Ignores SIGTERM: killed (137) when the grace period is over."""
+
+
+def script_of(pod: dict[str, Any], number: int) -> Act:
+    """The act of an owner's pod number `number` (from 0)."""
+    text = pod["metadata"].get("annotations", {}).get(SCRIPT, "{}")
+    parsed = json.loads(text)
+    acts = parsed if isinstance(parsed, list) else [parsed]
+    fields = acts[min(number, len(acts) - 1)]
+    begin, end = Begin(fields.pop("begin", Begin.RUN)), End(fields.pop("end", End.EXIT))
+    return Act(begin=begin, end=end, **fields)
+
+
+def now() -> str:
+    """As the API writes times of pods."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class HollowNode:
+    """One node and the pods bound to it."""
+
+    def __init__(self, api: client.ApiClient, name: str) -> None:
+        self.name = name
+        self.core = client.CoreV1Api(api)
+        self.leases = client.CoordinationV1Api(api)
+        self.pods: dict[str, dict[str, Any]] = {}
+        self.deleted: dict[str, asyncio.Event] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.begun: Counter[str] = Counter()
+        self.addresses = 0
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await self._patiently(self._register)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._renew())
+            group.create_task(self._follow())
+
+    async def _register(self) -> None:
+        capacity = {
+            "cpu": "100k", "memory": "100Ti", "pods": "100k", "ephemeral-storage": "100Ti",
+            "nvidia.com/gpu": "100k",
+        }  # fmt: skip
+        labels = {"kubernetes.io/hostname": self.name, "kubernetes.io/os": "linux", LABEL: "true"}
+        node = {"metadata": {"name": self.name, "labels": labels}}
+        with contextlib.suppress(client.ApiException):  # it is there already
+            await self.core.create_node(node)
+        ready = {
+            "type": "Ready", "status": "True", "reason": "KubeletReady", "message": "hollow",
+            "lastHeartbeatTime": now(), "lastTransitionTime": now(),
+        }  # fmt: skip
+        status = {
+            "capacity": capacity, "allocatable": capacity, "conditions": [ready],
+            "addresses": [{"type": "Hostname", "address": self.name}],
+        }  # fmt: skip
+        await self.core.patch_node_status(
+            self.name, {"status": status}, _content_type="application/strategic-merge-patch+json"
+        )
+
+    async def _renew(self) -> None:
+        """The Lease, every 5 s; the node is registered anew if somebody deleted it."""
+        space = "kube-node-lease"
+        while True:
+            moment = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+            spec = {"holderIdentity": self.name, "leaseDurationSeconds": 20, "renewTime": moment}
+            lease = {"metadata": {"name": self.name}, "spec": spec}
+
+            async def renew(lease: dict[str, Any] = lease) -> None:
+                try:
+                    await self.leases.patch_namespaced_lease(
+                        self.name, space, lease, _content_type="application/merge-patch+json"
+                    )
+                except client.ApiException as error:
+                    if error.status != 404:
+                        raise
+                    await self.leases.create_namespaced_lease(space, lease)
+
+            await self._patiently(renew)
+            await asyncio.sleep(RENEW)
+
+    async def _follow(self) -> None:
+        """Lists, then watches, and lists again when the watch breaks."""
+        mine = f"spec.nodeName={self.name}"
+        while True:
+            with contextlib.suppress(client.ApiException, aiohttp.ClientError, OSError):
+                listed = await self.core.list_pod_for_all_namespaces(field_selector=mine)
+                pods = self.core.api_client.sanitize_for_serialization(listed.items)
+                present = {pod["metadata"]["uid"] for pod in pods}
+                for uid in set(self.tasks) - present:
+                    self._forget(uid)
+                for pod in pods:
+                    self._see(pod)
+                stream = watch.Watch().stream(
+                    self.core.list_pod_for_all_namespaces, field_selector=mine,
+                    resource_version=listed.metadata.resource_version, timeout_seconds=300,
+                )  # fmt: skip
+                async for event in stream:
+                    pod = event["raw_object"]
+                    if event["type"] == "DELETED":
+                        self._forget(pod["metadata"]["uid"])
+                    elif event["type"] in ("ADDED", "MODIFIED"):
+                        self._see(pod)
+            await asyncio.sleep(0.2)
+
+    def _see(self, pod: dict[str, Any]) -> None:
+        uid = pod["metadata"]["uid"]
+        self.pods[uid] = pod
+        if uid not in self.tasks:
+            self.deleted[uid] = asyncio.Event()
+            self.tasks[uid] = asyncio.create_task(self._play(uid))
+        if pod["metadata"].get("deletionTimestamp"):
+            self.deleted[uid].set()
+
+    def _forget(self, uid: str) -> None:
+        if uid in self.tasks:
+            self.tasks.pop(uid).cancel()
+            del self.pods[uid], self.deleted[uid]
+
+    async def _play(self, uid: str) -> None:
+        """One pod from its binding to its end; a finished one only waits for its deletion."""
+        pod = self.pods[uid]
+        if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
+            owners = pod["metadata"].get("ownerReferences") or [{"uid": uid}]
+            number = self.begun[owners[0]["uid"]]
+            self.begun[owners[0]["uid"]] += 1
+            await self._act(uid, script_of(pod, number))
+        await self.deleted[uid].wait()
+        meta = self.pods[uid]["metadata"]
+        body = client.V1DeleteOptions(grace_period_seconds=0, preconditions={"uid": uid})
+
+        async def delete() -> None:
+            await self.core.delete_namespaced_pod(meta["name"], meta["namespace"], body=body)
+
+        await self._patiently(delete)
+
+    async def _act(self, uid: str, act: Act) -> None:
+        started = now()
+        if act.begin is not Begin.RUN:
+            pull = act.begin is Begin.PULL_ERROR
+            reason = "ImagePullBackOff" if pull else "ContainerCreating"
+            message = "Back-off pulling image: not found" if pull else ""
+            await self._report(uid, "Pending", {"waiting": {"reason": reason, "message": message}})
+            await self.deleted[uid].wait()
+            await self._ended(uid, started, 137, "")
+            return
+        self.addresses += 1
+        await self._report(uid, "Running", {"running": {"startedAt": started}})
+        seconds = None if act.end is End.HANG else act.seconds
+        try:
+            await asyncio.wait_for(self.deleted[uid].wait(), seconds)
+        except TimeoutError:
+            if act.end is End.EVICT:
+                await self._evicted(uid, started)
+            else:
+                await self._ended(uid, started, act.exit, act.message)
+            return
+        if act.deaf:
+            await asyncio.sleep(self.pods[uid]["metadata"].get("deletionGracePeriodSeconds", 30))
+        await self._ended(uid, started, 137 if act.deaf else act.on_term, act.term_message)
+
+    async def _evicted(self, uid: str, started: str) -> None:
+        """As under pressure: the kubelet kills the pod and says so in a condition."""
+        text = "The node was low on resource: memory."
+        target = {
+            "type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet",
+            "message": text, "lastTransitionTime": now(),
+        }  # fmt: skip
+        more = {"reason": "Evicted", "message": text}
+        await self._ended(uid, started, 137, "", more, target)
+
+    async def _ended(
+        self, uid: str, started: str, code: int, message: str,
+        more: dict[str, Any] | None = None, *conditions: dict[str, Any],
+    ) -> None:  # fmt: skip
+        text = message.encode()[:4096].decode(errors="ignore")
+        state = {
+            "exitCode": code, "reason": "Completed" if code == 0 else "Error", "message": text,
+            "startedAt": started, "finishedAt": now(),
+        }  # fmt: skip
+        phase = "Failed" if code else "Succeeded"
+        await self._report(uid, phase, {"terminated": state}, more, *conditions)
+
+    async def _report(
+        self, uid: str, phase: str, state: dict[str, Any], more: dict[str, Any] | None = None,
+        *conditions: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Writes the pod's status: phase, conditions and one state for each container."""
+        pod, number = self.pods[uid], self.addresses
+        running = "running" in state
+        containers = [
+            {
+                "name": container["name"],
+                "image": container["image"],
+                "imageID": "hollow",
+                "restartCount": 0,
+                "ready": running,
+                "started": running,
+                "state": state,
+            }
+            for container in pod["spec"]["containers"]
+        ]
+        flags = {"Initialized": True, "Ready": running, "ContainersReady": running}
+        ours = [
+            {"type": name, "status": str(flag), "lastTransitionTime": now()}
+            for name, flag in flags.items()
+        ]
+        status: dict[str, Any] = {
+            "phase": phase, "containerStatuses": containers, "conditions": [*ours, *conditions],
+            "hostIP": "127.0.0.1", "startTime": pod["status"].get("startTime", now()), **(more or {}),
+        }  # fmt: skip
+        if running:
+            address = f"10.254.{number // 250 % 250}.{number % 250 + 1}"
+            status |= {"podIP": address, "podIPs": [{"ip": address}]}
+        meta = pod["metadata"]
+
+        async def write() -> None:
+            await self.core.patch_namespaced_pod_status(
+                meta["name"], meta["namespace"], {"metadata": {"uid": uid}, "status": status},
+                _content_type="application/strategic-merge-patch+json",
+            )  # fmt: skip
+
+        await self._patiently(write)
+
+    async def _patiently(self, call: Callable[[], Awaitable[object]]) -> None:
+        """Repeats a call until the API server answers; what is gone or changed needs no answer."""
+        while True:
+            try:
+                await call()
+                return
+            except client.ApiException as error:
+                if error.status in (404, 409):
+                    return
+                print(f"{self.name}: {error.status} {error.reason}", flush=True)
+            except (aiohttp.ClientError, OSError) as error:
+                print(f"{self.name}: {error!r}", flush=True)
+            await asyncio.sleep(0.2)
+
+
+@contextlib.contextmanager
+def hollow_node(cluster: Cluster, name: str = "hollow-1") -> Iterator[str]:
+    """A hollow node as a part of the cluster; its name, once it is ready for pods."""
+    module = (sys.executable, "-m", "cluster.hollow_node", cluster.kubeconfig, name)
+    cluster.add(name, *module, PYTHONPATH=":".join(sys.path))
+    core = CoreV1Api(cluster.client())
+    try:
+        cluster.wait_for(f"node {name}", lambda: ready(core, name))
+        yield name
+    finally:
+        cluster.parts[name].stop()
+
+
+async def main(kubeconfig: str, name: str) -> None:
+    """Plays one node."""
+    await config.load_kube_config(kubeconfig)
+    async with client.ApiClient() as api:
+        await HollowNode(api, name).run()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(main(*sys.argv[1:]))

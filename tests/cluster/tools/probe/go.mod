@@ -1,0 +1,3 @@
+module btx.invalid/probe
+
+go 1.26.0
