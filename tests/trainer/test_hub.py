@@ -92,7 +92,9 @@ def preflight(folder, revision, **environment):
     text = json.dumps(a_spec(**changes)).replace("file://", f"file://{folder}/")
     spec = BTXRunSpec.parse(json.loads(text))
     done = run_trainer(
-        Task(preflight=Preflight(spec=spec, uid="u"), execution=TaskExecution(storage=spec.storage)),
+        Task(
+            preflight=Preflight(spec=spec, uid="u"), execution=TaskExecution(storage=spec.storage)
+        ),
         **environment,
     )
     assert done.code == Exit.OK, done.err
