@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 export PYTHONHASHSEED := 0
 
-.PHONY: help setup demo test check generate bench clean
+.PHONY: help setup demo test check generate bench cluster test-cluster clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -22,14 +22,20 @@ demo: setup  ## Seed, three experts, their mix and a dense baseline on real text
 	$(BIN)/python examples/demo.py
 
 test: setup build/.chromium  ## Every test this machine can run
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
-	@echo "tiers run: unit, e2e (one machine). Tiers cluster and e2e on Kubernetes: not written yet."
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/cluster tests
+	@echo "tiers run: unit, e2e (one machine). Tier cluster: left out, run it with make test-cluster. e2e on Kubernetes: not written yet."
 
 build/.chromium:
 	@mkdir -p build
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } \
 	  || { echo 'make test needs chromium (installed by apt-get as root, or by you)'; exit 1; }
 	@touch $@
+
+test-cluster: setup  ## The tests on a real Kubernetes; builds it first (10 CPU minutes, once)
+	$(BIN)/python -m pytest -q tests/cluster
+
+cluster: setup  ## A real cluster until Ctrl-C, and its kubeconfig (as root with a real node)
+	PYTHONPATH=tests $(BIN)/python -m cluster
 
 check: setup  ## Lint, types, import rules, generated files, budgets
 	$(BIN)/ruff check .

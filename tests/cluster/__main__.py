@@ -10,7 +10,7 @@ from types import FrameType
 
 from cluster.control_plane import control_plane
 from cluster.hollow_node import hollow_node
-from cluster.node import network, node
+from cluster.node import real_cluster
 
 
 def stop(number: int, frame: FrameType | None) -> None:
@@ -25,10 +25,7 @@ def main(folder: Path) -> None:
     begun = time.monotonic()
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         if os.geteuid() == 0:
-            net = stack.enter_context(network())
-            plane = control_plane(folder, host=net.address, enter=net.enter)
-            cluster = stack.enter_context(plane)
-            stack.enter_context(node(cluster, net))
+            cluster = stack.enter_context(real_cluster(folder))
         else:
             print("not root: no kubelet, no containers; a hollow node plays the pods", flush=True)
             cluster = stack.enter_context(control_plane(folder))

@@ -72,21 +72,29 @@ def go_build(module: str, packages: Sequence[str], flags: Sequence[str]) -> Path
     folder = TOOLS / module
     flags = ("-mod=readonly", "-buildvcs=false", "-trimpath", *flags)
     environment = os.environ | {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": ""}
-    # Both ways to say how many cores the build may take stay in the user's hands.
-    for variable in ("GOMAXPROCS",):
-        if variable in os.environ:
-            flags = (*flags, "-p", os.environ[variable])
+    cores = os.environ.get("GOMAXPROCS")
+    parallel = ["-p", cores] if cores else []
     version = subprocess.run(
         ["go", "version"], env=environment, capture_output=True, check=True
     ).stdout
     sources = [path.read_bytes() for path in sorted(folder.iterdir())]
-    keyed = [flag for flag in flags if flag not in ("-p", os.environ.get("GOMAXPROCS"))]
-    key = [version, *sources, *(flag.encode() for flag in (*keyed, *packages))]
+    key = [version, *sources, *(flag.encode() for flag in (*flags, *packages))]
 
     def build(target: Path) -> None:
         # One after the other: the API server alone takes 2.5 GB.
         for package in packages:
-            command = ["nice", "-n", "19", "go", "build", *flags, "-o", f"{target}/", package]
+            command = [
+                "nice",
+                "-n",
+                "19",
+                "go",
+                "build",
+                *parallel,
+                *flags,
+                "-o",
+                f"{target}/",
+                package,
+            ]
             subprocess.run(command, cwd=folder, env=environment, check=True)
 
     return once(module, key, build)

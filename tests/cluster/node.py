@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 from cluster import binaries, images
-from cluster.control_plane import Cluster, ready
+from cluster.control_plane import Cluster, control_plane, ready
 from kubernetes import client
 
 PAUSE, PROBE = "localhost/pause:1", "localhost/probe:1"
@@ -118,7 +118,8 @@ class Node:
         program = self.root / "usr/bin/containerd"
         self.cluster.add("containerd", program, "--config", path, **self.environment)
         self.cluster.wait_for(
-            "containerd", lambda: self.socket.exists() and "containerd" in self.ctr("version")
+            "containerd",
+            lambda: self.socket.exists() and "Server:" in self.ctr("version", check=False),
         )
         image = self.folder / "probe.tar"
         images.archive(binaries.go_build("probe", ["."], ()) / "probe", image, PAUSE, PROBE)
@@ -306,3 +307,14 @@ def node(cluster: Cluster, net: Network, name: str = "node-1") -> Iterator[Node]
         yield started
     finally:
         started.stop()
+
+
+@contextlib.contextmanager
+def real_cluster(folder: Path) -> Iterator[Cluster]:
+    """A control plane and a real node in a new network namespace, data below `folder`."""
+    with (
+        network() as net,
+        control_plane(folder, host=net.address, enter=net.enter) as cluster,
+        node(cluster, net),
+    ):
+        yield cluster
