@@ -23,7 +23,9 @@ demo: setup  ## Seed, three experts, their mix and a dense baseline on real text
 
 test: setup build/.chromium  ## Every test this machine can run
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/cluster tests
-	@echo "tiers run: unit, e2e (one machine). Tier cluster: left out, run it with make test-cluster. e2e on Kubernetes: not written yet."
+	@echo "tiers run: unit, e2e (one machine)"
+	@echo "tier cluster left out: its parts take 10 CPU minutes to build; make test-cluster"
+	@echo "tier e2e on Kubernetes left out: not written yet"
 
 build/.chromium:
 	@mkdir -p build

@@ -45,7 +45,7 @@ def kubernetes() -> Path:
         return Path(given)
     module = (TOOLS / "kubernetes/go.mod").read_text()
     pinned = re.search(
-        r"^\s*(?:require )?k8s\.io/kubernetes v(1\.(\d+)\.\d+)$", module, re.MULTILINE
+        r"^\s*(?:require )?k8s\.io/kubernetes v(1\.(\d+)\.\d+)\b", module, re.MULTILINE
     )
     assert pinned, "tools/kubernetes/go.mod does not pin k8s.io/kubernetes"
     # Unstamped programs call themselves v0.0.0-master, which Helm cannot parse.
