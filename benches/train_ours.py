@@ -66,6 +66,8 @@ def padded(job: Job) -> Any:
     leaf = next(iter(stream.values()))
     starts = leaf.starts(0, leaf.total)
     length, size = job.recipe.sequence_length, job.data.batch_size
+    # Of all documents: what the few of a step happen to hold would be the figure otherwise.
+    Pace.text = size * float(np.minimum(np.diff(starts) - 1, length).mean())
 
     def batch(step: int, rank: int = 0, world: int = 1) -> Batch:
         ids, positions = np.zeros((size, length), np.int64), np.tile(np.arange(length), (size, 1))
@@ -74,7 +76,6 @@ def padded(job: Job) -> Any:
             first, stop = starts[step * size + row : step * size + row + 2]
             tokens = leaf.tokens(int(first), int(min(stop, first + length + 1)))
             ids[row, : len(tokens) - 1], labels[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
-        Pace.text = int((labels != IGNORED).sum())
         return Batch(
             input_ids=ids, labels=labels, position_ids=positions, domains=np.zeros(size, np.int64)
         )
@@ -108,7 +109,7 @@ def resume(folder: Path, options: dict[str, Any]) -> None:
     made, recipe = studio(folder, options)
     task = made.task(recipe, ["model", "text"], threads=options["threads"])
 
-    def ends(salt: str, stop: int = 0) -> str:
+    def ends(salt: str, stop: int = 0) -> tuple[str, int]:
         seen = [0]
 
         def publish(progress: Any) -> None:
@@ -117,14 +118,16 @@ def resume(folder: Path, options: dict[str, Any]) -> None:
         stage = task.stage.model_copy(update={"salt": salt})
         again = task.model_copy(update={"stage": stage})
         work = made.work(again, publish=publish, stopping=lambda: 0 < stop <= seen[0])
-        train(work, begin(work, recipe, recipe.data))
-        return hashlib.sha256(made.files(work)["model.safetensors"]).hexdigest()
+        done = train(work, begin(work, recipe, recipe.data))
+        found = hashlib.sha256(made.files(work)["model.safetensors"]).hexdigest()
+        return found, done.resumed_step
 
-    whole = ends("whole")
+    half = options["steps"] // 2
+    whole, _ = ends("whole")
     try:
-        ends("stopped", stop=options["steps"] // 2)
+        ends("stopped", stop=half)
     except PreemptedError:
-        say(exact=ends("stopped") == whole)
+        say(exact=ends("stopped") == (whole, half))
 
 
 def head(options: dict[str, Any], *, plain: bool) -> None:

@@ -15,11 +15,11 @@ def say(**values: Any) -> None:
 class Pace:
     """Lets a loop run so many steps per line of standard input, and says how long they took."""
 
-    text = 0
-    """Tokens of text in the last batch, where that differs from its size."""
+    text = 0.0
+    """Tokens of text in a batch, where that differs from its size."""
 
     def __init__(self, steps: int) -> None:
-        self._steps, self._left, self._text = steps, 0, 0
+        self._steps, self._left = steps, 0
         self._times: list[float] = []
 
     def ready(self) -> None:
@@ -30,19 +30,18 @@ class Pace:
     def step(self) -> None:
         """At the end of each step."""
         self._left -= 1
-        self._text += Pace.text
         self._times.append(time.perf_counter())
         if not self._left:
             wall, cpu = self._times[-1] - self._started, time.process_time() - self._cpu
             ends = [self._started, *self._times]
             longest = max(b - a for a, b in itertools.pairwise(ends))
-            say(wall=wall, cpu=cpu, text=self._text, longest=longest, peak=_peak())
+            say(wall=wall, cpu=cpu, text=Pace.text * self._steps, longest=longest, peak=_peak())
             self._begin()
 
     def _begin(self) -> None:
         if not sys.stdin.readline():
             sys.exit(0)
-        self._left, self._text, self._times = self._steps, 0, []
+        self._left, self._times = self._steps, []
         self._started, self._cpu = time.perf_counter(), time.process_time()
 
 

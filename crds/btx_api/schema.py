@@ -47,6 +47,8 @@ def _convert(node: Schema, defs: Schema, defaults: bool) -> Schema:
         out["enum"] = [node["const"]]
     if out.get("default") is None:
         out.pop("default", None)
+    else:
+        out["default"] = _without_nulls(out["default"])
     if "properties" in node:
         out["properties"] = {
             name: _convert(child, defs, defaults and name not in _overlays_of(node))
@@ -62,6 +64,13 @@ def _convert(node: Schema, defs: Schema, defaults: bool) -> Schema:
         # A fixed-length tuple has no structural form; our bounds say the rest.
         out["items"] = _convert(node["items"], defs, defaults)
     return out
+
+
+def _without_nulls(value: Any) -> Any:
+    # A field that is not nullable must not default to null, however deep: the API server refuses it.
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _overlays_of(node: Schema) -> set[str]:

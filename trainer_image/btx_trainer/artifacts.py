@@ -11,8 +11,9 @@ import json
 import logging
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,12 +36,11 @@ from btx_trainer.storage import (
     READ_BYTES,
     Conflict,
     Damaged,
-    FileStore,
-    Head,
     Sink,
     Store,
     extend_crc,
     open_outside,
+    sync,
     traffic,
 )
 
@@ -49,15 +49,18 @@ MANIFEST_SCHEMA = 1
 
 READINGS = 3
 """Of a file from s3:// whose bytes are not what they should be."""
+FILES_AT_ONCE = 4
+"""Of an artifact or a model that is copied; a store bounds what is in flight for all of them."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def _copy(store: Store, key: str, sink: Sink) -> None:
-    with store.open(key) as file, sink:
-        while piece := file.read(READ_BYTES):
-            sink.write(piece)
+def side_by_side(act: Callable[[T], object], items: Iterable[T]) -> None:
+    """Does it with several items at a time; the first error, once nothing runs any more."""
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        for _ in pool.map(act, items):
+            pass
 
 
 def _again(store: Store, read: Callable[..., T], *arguments: object) -> T:
@@ -108,10 +111,17 @@ class Artifact:
             _again(self.store, self._check, entry)
 
     def copy(self, folder: Path) -> None:
-        """Writes all files below `folder`, verified; CorruptInputError as in `verify`."""
-        target = FileStore(folder)
-        for entry in self.manifest.files:
-            _again(self.store, self._write, entry, target)
+        """Writes all files below `folder`, verified and durable; CorruptInputError as `verify`."""
+        self._download(folder)
+        paths = {folder / entry.name for entry in self.manifest.files}
+        folders = {parent for path in paths for parent in path.parents}
+        for path in paths | {parent for parent in folders if parent.is_relative_to(folder)}:
+            sync(path)
+
+    def _download(self, folder: Path) -> None:
+        side_by_side(
+            lambda entry: _again(self.store, self._write, entry, folder), self.manifest.files
+        )
 
     def _pieces(self, entry: FileEntry) -> list[bytes]:
         return list(self._verified(entry))
@@ -120,10 +130,10 @@ class Artifact:
         for _ in self._verified(entry):
             pass
 
-    def _write(self, entry: FileEntry, target: Store) -> None:
-        with target.sink(entry.name) as sink:
-            for piece in self._verified(entry):
-                sink.write(piece)
+    def _write(self, entry: FileEntry, folder: Path) -> None:
+        with self._reading(entry):
+            found = self.store.download(self.key(entry.name), folder / entry.name)
+        self._compare(entry, *found)
 
     def fetch(self) -> Path:
         """A local folder with all files, every byte verified (once per process).
@@ -138,7 +148,7 @@ class Artifact:
             self.verify()
             return folder
         folder = Path(tempfile.mkdtemp(prefix=f"{self.kind}-{self.digest[:8]}-"))
-        self.copy(folder)
+        self._download(folder)
         return folder
 
     def corrupt(self, message: str) -> CorruptInputError:
@@ -147,21 +157,28 @@ class Artifact:
 
     def _verified(self, entry: FileEntry) -> Iterator[bytes]:
         size = crc = 0
+        with self._reading(entry), self.store.open(self.key(entry.name)) as file:
+            while piece := file.read(READ_BYTES):
+                size, crc = size + len(piece), extend_crc(crc, piece)
+                traffic.moved()
+                yield piece
+        self._compare(entry, size, f"{crc:08x}")
+
+    @contextmanager
+    def _reading(self, entry: FileEntry) -> Iterator[None]:
         try:
-            with self.store.open(self.key(entry.name)) as file:
-                while piece := file.read(READ_BYTES):
-                    size, crc = size + len(piece), extend_crc(crc, piece)
-                    traffic.moved()
-                    yield piece
+            yield
         except FileNotFoundError as error:
             raise self.corrupt(f"{entry.name}: is missing") from error
         except Damaged as error:
             raise self.corrupt(f"{entry.name}: {error.strerror}") from error
+
+    def _compare(self, entry: FileEntry, size: int, crc32c: str) -> None:
         if size != entry.size:
             raise self.corrupt(f"{entry.name}: has {size} bytes, was committed with {entry.size}")
-        if f"{crc:08x}" != entry.crc32c:
+        if crc32c != entry.crc32c:
             raise self.corrupt(
-                f"{entry.name}: has CRC32C {crc:08x}, was committed with {entry.crc32c}"
+                f"{entry.name}: has CRC32C {crc32c}, was committed with {entry.crc32c}"
             )
 
 
@@ -238,7 +255,9 @@ class Attempt:
 
     def add(self, path: Path, name: str) -> None:
         """A copy of a local file."""
-        _copy(FileStore(path.parent), path.name, self.sink(name))
+        with path.open("rb") as file, self.sink(name) as sink:
+            while piece := file.read(READ_BYTES):
+                sink.write(piece)
 
     def commit(
         self,
@@ -339,14 +358,12 @@ class Outside:
         local = store.local(key)
         folder = local or Path(tempfile.mkdtemp(prefix="model-"))
         if local is None:
-            for head in model_files(store, key):
-                _again(store, self._fetch, store, head, folder)
+            side_by_side(
+                lambda head: _again(store, store.download, head.key, folder / Path(head.key).name),
+                model_files(store, key),
+            )
         self._compare(fingerprint_model(store, key))
         return folder
-
-    @staticmethod
-    def _fetch(store: Store, head: Head, folder: Path) -> None:
-        _copy(store, head.key, FileStore(folder).sink(Path(head.key).name))
 
     def _tokenizer(self) -> bytes:
         store, key = open_outside(self.location.uri, self.storage)

@@ -13,6 +13,8 @@ import io
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict, TypeVar, cast
 
@@ -32,7 +34,15 @@ from botocore.parsers import ResponseParserError
 from btx_api.spec import Storage
 from urllib3.exceptions import HTTPError
 
-from btx_trainer.s3_parts import PART_BYTES, Reader, S3Sink, encoded, extend
+from btx_trainer.s3_parts import (
+    DOWNLOADS_IN_FLIGHT,
+    PART_BYTES,
+    Reader,
+    S3Sink,
+    download,
+    encoded,
+    extend,
+)
 from btx_trainer.storage import READ_BYTES, Conflict, Damaged, Head, Sink, Store, traffic
 
 if TYPE_CHECKING:
@@ -48,6 +58,8 @@ FIRST_ATTEMPTS = 3
 """Of connecting to a server that has never answered this client: the address may be wrong."""
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 20.0
 """The pause is anything up to so much, doubled each time ("full jitter")."""
+PIECE_BYTES = 2**18
+"""Of an answer, read at once: it is summed up and written while the processor still holds it."""
 CONNECT_SECONDS, READ_SECONDS = 10, 60
 """Without a connection, or without a single byte."""
 _PASSING = (
@@ -81,6 +93,8 @@ class S3Store(Store):
         self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self._attempts = int(os.environ.get("AWS_MAX_ATTEMPTS") or ATTEMPTS)
         self._answered = False
+        # One for all files: what is in flight does not grow with them.
+        self.downloads = ThreadPoolExecutor(DOWNLOADS_IN_FLIGHT, thread_name_prefix="download")
         bundle = storage.ca_bundle
         if bundle and not os.path.isfile(bundle):
             raise FileNotFoundError(errno.ENOENT, "storage.caBundle is no file", bundle)
@@ -199,17 +213,24 @@ class S3Store(Store):
             return b""
 
     def open(self, key: str) -> BinaryIO:
+        return cast(BinaryIO, io.BufferedReader(Reader(self, self._found(key)), READ_BYTES))
+
+    def _found(self, key: str) -> Head:
         head = self.head(key)
         if head is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", self.uri(key))
-        return cast(BinaryIO, io.BufferedReader(Reader(self, head), READ_BYTES))
+        return head
 
-    def fetch(self, head: Head, start: int, length: int) -> memoryview:
+    def download(self, key: str, path: Path) -> tuple[int, str]:
+        return download(self, self._found(key), path)
+
+    def fetch(self, head: Head, start: int, length: int, take: Callable[[bytes], None]) -> None:
         """A range of that version of an object; Conflict if there is another one by now.
 
-        What breaks off goes on where it broke off.
+        `take` gets it in pieces, in order and each once: what breaks off goes on where it broke
+        off. Its own errors end the reading.
         """
-        data, filled = memoryview(bytearray(length)), 0
+        filled = 0
 
         def go_on() -> None:
             nonlocal filled
@@ -219,8 +240,9 @@ class S3Store(Store):
                 IfMatch=f'"{head.tag}"',
             )["Body"]  # fmt: skip
             try:
-                while count := body.readinto(data[filled : filled + 2**18]):  # type: ignore[arg-type]  # a buffer
-                    filled += count
+                while piece := body.read(min(PIECE_BYTES, length - filled)):
+                    take(piece)
+                    filled += len(piece)
                     traffic.moved()
             except _BROKEN:
                 if filled == begun:
@@ -232,7 +254,6 @@ class S3Store(Store):
 
         while filled < length:
             self.call(head.key, go_on)
-        return data
 
     def list(self, prefix: str) -> Iterator[Head]:
         heads: list[Head] = []

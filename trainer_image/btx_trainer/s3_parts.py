@@ -1,6 +1,7 @@
 """Large objects of s3://: written in parts and read in ranges, several at once; see s3.py.
 
-Memory of one reader or writer: at most PARTS_IN_FLIGHT + 1 parts, whatever the object's size.
+Memory of one reader or writer: at most PARTS_IN_FLIGHT + 1 parts, whatever the object's size. All
+downloads of a store together hold one piece (s3.PIECE_BYTES) for each of DOWNLOADS_IN_FLIGHT.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import base64
 import io
 import zlib
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from btx_trainer.storage import READ_BYTES, Damaged, Head, Sink, extend_crc, traffic
+import numpy as np
+
+from btx_trainer.storage import READ_BYTES, Damaged, Head, Sink, extend_crc, traffic, write_at
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
@@ -26,12 +30,71 @@ PART_BYTES = 32 * 2**20
 S3 allows 10,000 parts: objects up to 637 GB.
 """
 PARTS_IN_FLIGHT = 4
+DOWNLOADS_IN_FLIGHT = 8
+"""Ranges of PART_BYTES, of all files that one store is asked to download at a time."""
+_POLYNOMIALS = {"crc32c": 0x82F63B78, "crc32": 0xEDB88320}
+"""Without x**32, lowest bit first: the highest power of x is bit 0."""
 
 
 def extend(algorithm: str, crc: int, data: bytes | memoryview) -> tuple[int, str]:
     """The sum of what `crc` covers followed by `data`, also as in Head.checksum."""
     crc = extend_crc(crc, data) if algorithm == "crc32c" else zlib.crc32(data, crc)
     return crc, f"{algorithm} {crc:08x}"
+
+
+def _times(polynomial: int, a: int, b: int) -> int:
+    """The product of two remainders, modulo the polynomial."""
+    product = 0
+    for bit in range(31, -1, -1):
+        product ^= b if a >> bit & 1 else 0
+        b = b >> 1 ^ (polynomial if b & 1 else 0)
+    return product
+
+
+def joined(algorithm: str, crc: int, other: int, length: int) -> int:
+    """The sum of what `crc` covers followed by the `length` bytes that `other` covers.
+
+    A sum is a remainder modulo the polynomial; a byte behind it multiplies it by x**8.
+    """
+    polynomial, power = _POLYNOMIALS[algorithm], 1 << 23
+    while length:
+        crc = _times(polynomial, crc, power) if length & 1 else crc
+        power, length = _times(polynomial, power, power), length >> 1
+    return crc ^ other
+
+
+def download(store: S3Store, head: Head, path: Path) -> tuple[int, str]:
+    """See Store.download: ranges of one version, side by side and written as they come."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sums = dict.fromkeys({"crc32c", *head.checksum.split()[:1]}, 0)
+    ranges = [(at, min(PART_BYTES, head.size - at)) for at in range(0, head.size, PART_BYTES)]
+    with path.open("wb", buffering=0) as file:
+
+        def part(start: int, length: int) -> dict[str, int]:
+            crcs, position = dict.fromkeys(sums, 0), start
+
+            def take(piece: bytes) -> None:
+                nonlocal position
+                write_at(file.fileno(), path, piece, position)
+                position += len(piece)
+                for name, crc in crcs.items():
+                    crcs[name] = extend(name, crc, piece)[0]
+
+            store.fetch(head, start, length, take)
+            return crcs
+
+        parts = [store.downloads.submit(part, *one) for one in ranges]
+        try:
+            for (_, length), done in zip(ranges, parts, strict=True):
+                for name, crc in done.result().items():
+                    sums[name] = joined(name, sums[name], crc, length)
+        finally:
+            # Nobody writes to the file once it is closed.
+            wait([done for done in parts if not done.cancel()])
+    found = {f"{name} {crc:08x}" for name, crc in sums.items()}
+    if head.checksum and head.checksum not in found:
+        raise Damaged(store.uri(head.key), f"arrived as {max(found)}, is {head.checksum}")
+    return head.size, f"{sums['crc32c']:08x}"
 
 
 def encoded(crc: int) -> str:
@@ -49,6 +112,8 @@ class Reader(io.RawIOBase):
         super().__init__()
         self._store, self._head, self._position = store, head, 0
         self._start, self._data = 0, memoryview(b"")
+        # Memory that is new costs as much as filling it: parts that were read are written over.
+        self._used: deque[memoryview] = deque()
         self._ahead: deque[tuple[int, int, Future[memoryview]]] = deque()
         self._streak = 0
         self._summed, self._crc = 0, 0
@@ -83,12 +148,15 @@ class Reader(io.RawIOBase):
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._ahead.clear()
+        self._used.clear()
         self._data = memoryview(b"")
         super().close()
 
     def _next(self) -> None:
         """Gets the part that begins at the position."""
         end = self._start + len(self._data)
+        if isinstance(whole := self._data.obj, np.ndarray):
+            self._used.append(whole.data)
         self._data = memoryview(b"")
         if self._position == end and end:
             self._streak += 1
@@ -104,14 +172,30 @@ class Reader(io.RawIOBase):
         self._check()
 
     def _plan(self) -> None:
-        """Fetches ahead: one part at first, then more and larger ones."""
+        """Fetches ahead: one part at first, then two, then all, and larger ones."""
         size = min(PART_BYTES, READ_BYTES << min(self._streak, 8))
         start = sum(self._ahead[-1][:2]) if self._ahead else self._position
-        while len(self._ahead) < min(1 + self._streak, PARTS_IN_FLIGHT) and start < self._head.size:
+        most = min(1 << self._streak, PARTS_IN_FLIGHT)
+        while len(self._ahead) < most and start < self._head.size:
             length = min(size, self._head.size - start)
-            future = self._pool.submit(self._store.fetch, self._head, start, length)
+            future = self._pool.submit(self._fetch, start, length)
             self._ahead.append((start, length, future))
             start += length
+
+    def _fetch(self, start: int, length: int) -> memoryview:
+        try:
+            whole = self._used.pop()
+        except IndexError:
+            whole = np.empty(PART_BYTES, np.uint8).data
+        data, filled = whole[:length], 0
+
+        def take(piece: bytes) -> None:
+            nonlocal filled
+            data[filled : filled + len(piece)] = piece
+            filled += len(piece)
+
+        self._store.fetch(self._head, start, length, take)
+        return data
 
     def _check(self) -> None:
         """Sums up what is read from front to back; at the end it must be what the storage says."""

@@ -162,6 +162,21 @@ class Store(ABC):
         Damaged if it was read from front to back and differs from the storage's own checksum.
         """
 
+    def download(self, key: str, path: Path) -> tuple[int, str]:
+        """Copies an object to a local file: its size and its CRC32C, eight hex digits.
+
+        Folders are made, a file that is there is replaced; neither is durable before `sync`. Raises
+        what reading the whole object does, and OSError that names the file.
+        """
+        size = crc = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.open(key) as source, path.open("wb", buffering=0) as file:
+            while piece := source.read(READ_BYTES):
+                write_at(file.fileno(), path, piece, size)
+                size, crc = size + len(piece), extend_crc(crc, piece)
+                traffic.moved()
+        return size, f"{crc:08x}"
+
     @abstractmethod
     def list(self, prefix: str) -> Iterator[Head]:
         """Objects whose key starts with `prefix` (any string), sorted by key."""
@@ -252,12 +267,31 @@ def _tag(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of an open file do not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_at(file: int, path: Path, data: bytes, position: int) -> None:
+    """Writes all of `data` at a byte of an open file; errors name `path`."""
+    view = memoryview(data)
+    with _named(path):
+        while view:
+            count = os.pwrite(file, view, position)
+            view, position = view[count:], position + count
 
 
 def _unreadable(error: OSError) -> None:
@@ -375,28 +409,20 @@ class _FileSink(Sink):
                 if last:
                     raise
 
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Errors of an open file do not say which file it was."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-
     def _append(self, view: memoryview) -> None:
-        with self._named():
+        with _named(self._path):
             while view:
                 view = view[self._file.write(view) :]
 
     def _sync(self) -> None:
-        with self._named():
+        with _named(self._path):
             os.fsync(self._file.fileno())
             self._file.close()
 
     def _finish(self) -> None:
         self._sync()
         self._partial.replace(self._path)
-        _sync(self._path.parent)
+        sync(self._path.parent)
 
     def finish_new(self) -> None:
         """Like close, but raises Conflict if there is a file already; a link never replaces."""
@@ -405,7 +431,7 @@ class _FileSink(Sink):
             os.link(self._partial, self._path)
         except FileExistsError as error:
             raise Conflict(f"file://{self._path}", "exists") from error
-        _sync(self._path.parent)
+        sync(self._path.parent)
 
     def abort(self) -> None:
         self._file.close()
