@@ -46,8 +46,9 @@ check: setup  ## Lint, types, import rules, generated files, budgets
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q tests/test_layout.py tests/contract
 
-generate: setup  ## Writes the CRD from btx_api
+generate: setup  ## Writes the CRD from btx_api, and what the chart has of it and of the settings
 	$(BIN)/python -m btx_api.schema crds
+	$(BIN)/python -m btx_operator.cluster.chart_schema charts/btx-operator crds
 
 bench: bench-mix bench-prepare bench-s3 bench-train  ## Every bench, and docs/performance.md
 	$(BIN)/python benches/write_docs.py
