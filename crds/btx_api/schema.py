@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic.json_schema import JsonSchemaMode
 
 from btx_api import names
-from btx_api.spec import COUNT_PATTERN, BTXRunSpec, Expert, Model
+from btx_api.spec import COUNT_LENGTH, COUNT_PATTERN, BTXRunSpec, Expert, Model
 from btx_api.status import Status
 
 Schema = dict[str, Any]
@@ -19,15 +20,28 @@ _KEPT = (
     "type", "description", "default", "enum", "format", "pattern", "minimum", "maximum",
     "minLength", "maxLength", "minItems", "maxItems", "required",
 )  # fmt: skip
+COLUMNS = {
+    "State": ".status.state", "Stage": ".status.stage", "Experts": ".status.experts",
+    "Progress": ".status.progress", "ETA": ".status.eta",
+}  # fmt: skip
+"""Of `kubectl get btx`, before the age."""
 _OVERLAYS = {
     name: field for name, field in Expert.model_fields.items() if name in ("train", "execution")
 }
+_KEYS = {
+    "Expert": "name",
+    "EvaluationDomain": "name",
+    "EvaluationTask": "name",
+    "Condition": "type",
+}
 
 
-def structural(model: type[Model], *, defaults: bool = True) -> Schema:
-    """OpenAPI v3 structural schema of a model. `defaults=False` strips server-side defaults."""
-    whole = model.model_json_schema(by_alias=True)
-    return _convert(whole, whole.get("$defs", {}), defaults)
+def structural(model: type[Model], *, written: bool = False) -> Schema:
+    """OpenAPI v3 structural schema of a model: what is read from it, defaults filled in; or, if
+    `written`, what is written from it, as it is."""
+    mode: JsonSchemaMode = "serialization" if written else "validation"
+    whole = model.model_json_schema(by_alias=True, mode=mode)
+    return _convert(whole, whole.get("$defs", {}), not written)
 
 
 def _convert(node: Schema, defs: Schema, defaults: bool) -> Schema:
@@ -63,7 +77,19 @@ def _convert(node: Schema, defs: Schema, defaults: bool) -> Schema:
     if node.get("type") == "array":
         # A fixed-length tuple has no structural form; our bounds say the rest.
         out["items"] = _convert(node["items"], defs, defaults)
+        # An optional field is left out; an item cannot be.
+        if {"type": "null"} in node["items"].get("anyOf", ()):
+            out["items"]["nullable"] = True
+        out |= _list_type(node["items"])
     return out
+
+
+def _list_type(items: Schema) -> Schema:
+    # A list of named things: two of one name are refused, and appliers merge by name.
+    key = _KEYS.get(items.get("$ref", "").rsplit("/", 1)[-1])
+    if key is None:
+        return {"x-kubernetes-list-type": "atomic"}
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -78,12 +104,13 @@ def _overlays_of(node: Schema) -> set[str]:
 
 
 def _count(node: Schema, defaults: bool) -> Schema:
-    out: Schema = {"x-kubernetes-int-or-string": True, "pattern": COUNT_PATTERN}
-    if "description" in node:
-        out["description"] = node["description"]
-    if defaults and node.get("default") is not None:
-        out["default"] = node["default"]
-    return out
+    kept = ("description", "minimum", "maximum", *(["default"] if defaults else []))
+    return {
+        "x-kubernetes-int-or-string": True,
+        "pattern": COUNT_PATTERN,
+        "maxLength": COUNT_LENGTH,
+        **{key: node[key] for key in kept if node.get(key) is not None},
+    }
 
 
 def crd() -> Schema:
@@ -97,7 +124,7 @@ def crd() -> Schema:
             "kind": {"type": "string"},
             "metadata": {"type": "object"},
             "spec": structural(BTXRunSpec),
-            "status": structural(Status, defaults=False),
+            "status": structural(Status, written=True),
         },
     }
     version = {
@@ -106,7 +133,7 @@ def crd() -> Schema:
         "storage": True,
         "subresources": {"status": {}},
         "additionalPrinterColumns": [
-            {"name": "State", "type": "string", "jsonPath": ".status.state"},
+            *({"name": name, "type": "string", "jsonPath": path} for name, path in COLUMNS.items()),
             {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
         ],
         "schema": {"openAPIV3Schema": root},

@@ -23,20 +23,28 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails
 
-COUNT_PATTERN = r"^[0-9]+(\.[0-9]+)?[KMBT]?$"
+_POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+COUNT_LENGTH = 32
+COUNT_PATTERN = (
+    r"^[0-9]+(\.0+|"
+    + "|".join(rf"(\.[0-9]{{1,{n}}}0*)?{unit}" for unit, n in _POWERS.items() if n)
+    + ")?$"
+)
+"""Strings that parse_count reads: no more digits after the point than the unit makes whole."""
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 URI_PATTERN = r"^(file|s3|hf)://.+$"
 GENERAL = "general"
-_POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+MAX_DOMAINS = 96
+"""Preflight's answer has room for so many fingerprints."""
 
 
 def parse_count(value: object) -> int:
     """Integer or string such as `210B` (powers of ten: K, M, B, T) -> int; ValueError otherwise."""
+    value = _integer(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    match = (
-        re.fullmatch(r"([0-9]+)(?:\.([0-9]+))?([KMBT]?)", value) if isinstance(value, str) else None
-    )
+    text = value if isinstance(value, str) and len(value) <= COUNT_LENGTH else ""
+    match = re.fullmatch(r"([0-9]+)(?:\.([0-9]+))?([KMBT]?)", text)
     if not match:
         raise ValueError("a count is an integer or a string such as '210B' (K, M, B, T)")
     whole, fraction, power = match[1], (match[2] or "").rstrip("0"), _POWERS[match[3]]
@@ -241,6 +249,9 @@ class Source(SourceShape):
     """File, prefix ending in `/`, or glob (`*`, `**`)."""
 
 
+Sources = Annotated[tuple[Source, ...], Field(max_length=256)]
+
+
 class Optimizer(Model):
     """AdamW, linear warm-up, one cosine over all phases (BTX paper section 4.1)."""
 
@@ -295,7 +306,9 @@ class Phase(Model):
 
     tokens: Count
     """Tokens drawn in this phase; rounded up to whole steps."""
-    domains: dict[Annotated[str, Field(max_length=20)], Weight]
+    domains: Annotated[
+        dict[Annotated[str, Field(max_length=20)], Weight], Field(max_length=MAX_DOMAINS)
+    ]
     """Relative token probability per domain name (in a stage's recipe: per input index)."""
 
     @model_validator(mode="after")
@@ -303,6 +316,9 @@ class Phase(Model):
         if not any(self.domains.values()):
             raise ValueError("domains: needs at least one weight above 0")
         return self
+
+
+Phases = Annotated[tuple[Phase, ...], Field(max_length=16)]
 
 
 class Average(Model):
@@ -335,7 +351,7 @@ class Stitch(Train):
 
     layers: Annotated[Integer, Field(ge=1, le=1024)] = 4
     """Number of stitch layers, the last after the last block (BTS paper section 3)."""
-    data: tuple[Phase, ...] = ()
+    data: Phases = ()
     """Phases of domains."""
 
 
@@ -384,7 +400,7 @@ class Finetune(Train):
     """All parameters, all but the experts, or the router alone."""
     routing: Routing = Routing()
     """The routing rule and its losses."""
-    data: tuple[Phase, ...] = ()
+    data: Phases = ()
     """One phase (BTX). Default: each expert's domain by its tokens, and general at 20 %."""
 
 
@@ -393,7 +409,7 @@ class EvaluationDomain(Model):
 
     name: Name
     """An expert's name, `general`, or a new name with its own data."""
-    data: tuple[Source, ...] = ()
+    data: Sources = ()
     """Sources of a domain that nobody trains on; empty for a domain of the run."""
 
 
@@ -424,7 +440,7 @@ class EvaluationTask(TaskShape):
 class Evaluate(Model):
     """Measures seed, experts, soup and final model on every domain."""
 
-    domains: tuple[EvaluationDomain, ...] = ()
+    domains: Annotated[tuple[EvaluationDomain, ...], Field(max_length=MAX_DOMAINS)] = ()
     """Default: every expert's domain and general."""
     tokens: Count = 1_048_576
     """At most so many held-out tokens per domain and model."""
@@ -540,7 +556,7 @@ class Expert(Model):
     """Unique; also the name of its domain."""
     tokens: Count = 0
     """Tokens to train on; rounded up to whole steps."""
-    data: tuple[Source, ...] = ()
+    data: Sources = ()
     """The domain's sources."""
     model: Uri | None = None
     """A ready dense checkpoint of the seed's architecture: no train stage."""
@@ -589,7 +605,7 @@ class BTXRunSpec(Model):
     """Where artifacts live; its uri is immutable."""
     seed: Seed
     """The model that is branched; immutable."""
-    general: tuple[Source, ...] = ()
+    general: Sources = ()
     """The seed's own data: the domain `general`, for finetuning and for measuring forgetting."""
     experts: Annotated[tuple[Expert, ...], Field(min_length=1, max_length=64)]
     """The branches, in the order of the experts' indices."""

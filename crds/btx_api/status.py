@@ -18,6 +18,7 @@ PREFLIGHT = "preflight"
 """Name of the errand's row and attempts."""
 MESSAGE_LENGTH, SHORT_LENGTH = 96, 44
 """Of a row's message once given up, and while the stage is to be tried again (all at once may)."""
+STAGE_LENGTH = 48
 
 
 def brief(text: str, length: int = MESSAGE_LENGTH) -> str:
@@ -250,8 +251,17 @@ class Status(Model):
     """Generation of the spec that the engine last looked at."""
     generation: int = 0
     """Generation that was accepted last; 0: none yet."""
-    state: str = ""
-    """For display: a word made of the conditions. No code reads it."""
+    # For display only: the columns of `kubectl get btx`. No code reads them.
+    state: Annotated[str, Field(max_length=16)] = ""
+    """A word made of the conditions."""
+    stage: Annotated[str, Field(max_length=STAGE_LENGTH)] = ""
+    """Kinds of the stages with an attempt: `finetune`, `prepare, train x3`; empty: none."""
+    experts: Annotated[str, Field(max_length=16)] = ""
+    """Train stages that are complete, of all: `3/4`; empty while there are none."""
+    progress: Annotated[str, Field(max_length=16)] = ""
+    """Steps done of the slowest stage that runs: `42%`; empty: unknown."""
+    eta: Annotated[str, Field(max_length=16)] = ""
+    """Time until that stage ends: `1h10m`; empty: unknown."""
     conditions: Annotated[tuple[Condition, ...], Field(max_length=5)] = ()
     """One per ConditionType, in that order."""
     problems: Annotated[tuple[Annotated[str, Field(max_length=100)], ...], Field(max_length=8)] = ()

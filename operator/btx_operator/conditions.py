@@ -3,13 +3,17 @@
 decide.py calls `conclude` once it knows what is the case, then `events` with before and after.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from btx_api.spec import BTXRunSpec
+from btx_api.stage import Kind
 from btx_api.status import (
+    ACTIVE,
     PREFLIGHT,
+    STAGE_LENGTH,
     Condition,
     ConditionType,
     EventReason,
@@ -75,7 +79,8 @@ def conclude(
             )
         )  # fmt: skip
     status = status.model_copy(update={"conditions": tuple(conditions)})
-    return status.model_copy(update={"state": _word(status)})
+    display = {"state": _word(status), "stage": _stage(status), "experts": _experts(status)}
+    return status.model_copy(update=display)
 
 
 def queued(status: Status, spec: BTXRunSpec | None) -> Verdict:
@@ -116,6 +121,20 @@ WORDS: tuple[tuple[ConditionType, Truth, str], ...] = (
 def _word(status: Status) -> str:
     truths: dict[Any, Truth] = {c.type: c.status for c in status.conditions}
     return next((word for kind, truth, word in WORDS if truths.get(kind) == truth), "Pending")
+
+
+def _stage(status: Status) -> str:
+    """`status.stage`: what has an attempt, by kind, in the order of the graph."""
+    rows = (*_errand(status), *status.stages)
+    active = [row.name.split("-")[0] for row in rows if row.state in ACTIVE]
+    kinds = (f"{kind} x{n}" if n > 1 else kind for kind, n in Counter(active).items())
+    return brief(", ".join(kinds), STAGE_LENGTH)
+
+
+def _experts(status: Status) -> str:
+    """`status.experts`: complete train stages of all."""
+    states = [row.state for row in status.stages if row.kind is Kind.TRAIN]
+    return f"{states.count(State.COMPLETE)}/{len(states)}" if states else ""
 
 
 def events(before: Status, after: Status) -> Iterator[Event]:

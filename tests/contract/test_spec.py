@@ -113,10 +113,10 @@ def test_good_input_is_accepted_and_survives_a_round_trip(changes: dict[str, Any
 
 def test_counts_are_read_in_powers_of_ten() -> None:
     """K, M, B and T are exact, fractions too."""
-    assert [parse_count(x) for x in (7, "7", "1.5K", "210B", "0.25T", "4.194304M")] == [
-        7, 7, 1500, 210_000_000_000, 250_000_000_000, 4_194_304,
+    assert [parse_count(x) for x in (7, "7", "1.5K", "210B", "0.25T", "4.194304M", 2.0)] == [
+        7, 7, 1500, 210_000_000_000, 250_000_000_000, 4_194_304, 2,
     ]  # fmt: skip
-    for wrong in ("1.5", "1.2345K", "-1", "1e6", "K", "", True, 1.0, None, "1 K"):
+    for wrong in ("1.5", "1.2345K", "-1", "1e6", "K", "", True, 1.5, None, "1 K", "0" * 33):
         with pytest.raises(ValueError, match=r"count|whole"):
             parse_count(wrong)
 
