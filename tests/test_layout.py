@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
     # Budgets of source lines, docstrings not counted (docs/decisions raise them).
-    "crds/btx_api": 1350,
+    "crds/btx_api": 1600,
     "operator/btx_operator": 3000,
     "trainer_image/btx_trainer": 7000,
 }

@@ -66,3 +66,8 @@ JOB_NAME_LENGTH = 52
 def job_name(run: str, stage: str, tag: str) -> str:
     """Of one attempt; `tag`: 8 hexadecimal digits that tell it from every other."""
     return f"{run}-{stage}-{tag}"
+
+
+def run_name_length(stage: str) -> int:
+    """The longest name of a run that has such a stage."""
+    return JOB_NAME_LENGTH - len(job_name("", stage, "0" * 8))

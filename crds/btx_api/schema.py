@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 from pydantic.json_schema import JsonSchemaMode
 
-from btx_api import names
-from btx_api.spec import COUNT_LENGTH, COUNT_PATTERN, BTXRunSpec, Expert, Model
-from btx_api.status import Status
+from btx_api import names, rules
+from btx_api.spec import COUNT_LENGTH, COUNT_PATTERN, NAME_PATTERN, BTXRunSpec, Expert, Model
+from btx_api.status import PREFLIGHT, Status
 
 Schema = dict[str, Any]
 _KEPT = (
     "type", "description", "default", "enum", "format", "pattern", "minimum", "maximum",
-    "minLength", "maxLength", "minItems", "maxItems", "required",
+    "minLength", "maxLength", "minItems", "maxItems", "maxProperties", "required",
 )  # fmt: skip
 COLUMNS = {
     "State": ".status.state", "Stage": ".status.stage", "Experts": ".status.experts",
@@ -93,7 +93,7 @@ def _list_type(items: Schema) -> Schema:
 
 
 def _without_nulls(value: Any) -> Any:
-    # A field that is not nullable must not default to null, however deep: the API server refuses it.
+    # A field that is not nullable must not default to null, however deep: it would be refused.
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return value
@@ -113,8 +113,18 @@ def _count(node: Schema, defaults: bool) -> Schema:
     }
 
 
-def crd() -> Schema:
-    """The CustomResourceDefinition of BTXRun."""
+def node(root: Schema, path: str) -> Schema:
+    """The schema at a path such as `spec.experts[].data`; KeyError if there is none."""
+    for name in path.replace("[]", ".[]").split(".") if path else ():
+        root = root["items"] if name == "[]" else root["properties"][name]
+    return root
+
+
+def _whole_object() -> Schema:
+    name = {
+        # Of a Service too, which wants a letter first.
+        "type": "string", "pattern": NAME_PATTERN, "maxLength": names.run_name_length(PREFLIGHT),
+    }  # fmt: skip
     root: Schema = {
         "type": "object",
         "description": (BTXRunSpec.__doc__ or "").strip(),
@@ -122,11 +132,18 @@ def crd() -> Schema:
         "properties": {
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},
-            "metadata": {"type": "object"},
+            "metadata": {"type": "object", "properties": {"name": name}},
             "spec": structural(BTXRunSpec),
             "status": structural(Status, written=True),
         },
     }
+    for rule in rules.rules():
+        node(root, rule.at).setdefault("x-kubernetes-validations", []).append(rule.plain())
+    return root
+
+
+def crd() -> Schema:
+    """The CustomResourceDefinition of BTXRun."""
     version = {
         "name": names.VERSION,
         "served": True,
@@ -136,7 +153,7 @@ def crd() -> Schema:
             *({"name": name, "type": "string", "jsonPath": path} for name, path in COLUMNS.items()),
             {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
         ],
-        "schema": {"openAPIV3Schema": root},
+        "schema": {"openAPIV3Schema": _whole_object()},
     }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from btx_api.names import API_VERSION, JOB_NAME_LENGTH, KIND, job_name
-from btx_api.spec import BTXRunSpec, Scheduling, explain
+from btx_api.names import API_VERSION, KIND, run_name_length
+from btx_api.spec import NAME_PATTERN, BTXRunSpec, Method, Scheduling, explain
 from btx_api.stage import Kind
 from btx_api.status import PREFLIGHT
 from pydantic import ValidationError
 
 from btx_operator.errors import ManifestError
 
-RUN_NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-RUN_NAME_LENGTH = JOB_NAME_LENGTH - len(job_name("", PREFLIGHT, "0" * 8))
+RUN_NAME_LENGTH = run_name_length(PREFLIGHT)
 """Of a run whose other stages have names as short as preflight's."""
 NODES = 200_000
 """Of a document once its aliases are followed; more is a bomb."""
@@ -192,9 +191,9 @@ def parse(text: str, overlays: Sequence[str] = ()) -> RunManifest:
 def _fit_problems(name: str, spec: BTXRunSpec) -> list[str]:
     """A cluster names a Job after run and stage."""
     stages = [f"{Kind.PREPARE}-{domain}" for domain in spec.domains()]
-    stages += [f"{Kind.TRAIN}-{expert.name}" for expert in spec.experts]
+    stages += ["train-dense"] if spec.method is Method.DENSE else []
     longest = max([*stages, PREFLIGHT], key=len)
-    over = len(job_name(name, longest, "0" * 8)) - JOB_NAME_LENGTH
+    over = len(name) - run_name_length(longest)
     if over <= 0:
         return []
     what = f"{name!r} is {over} characters too long: a Job of its stage {longest!r} is named after"
@@ -220,9 +219,9 @@ def _name_problems(metadata: dict[str, Any]) -> list[str]:
     name = metadata.get("name")
     if name is None:
         return ["metadata.name: is required"]
-    if isinstance(name, str) and len(name) <= RUN_NAME_LENGTH and re.fullmatch(RUN_NAME, name):
+    if isinstance(name, str) and len(name) <= RUN_NAME_LENGTH and re.fullmatch(NAME_PATTERN, name):
         return []
-    rule = f"lower-case letters, digits and dashes, at most {RUN_NAME_LENGTH}"
+    rule = f"lower-case letters, digits and dashes, a letter first, at most {RUN_NAME_LENGTH}"
     return [f"metadata.name: {repr(name)[:80]} is not a name ({rule})"]
 
 
