@@ -110,23 +110,33 @@ def packages() -> Path:
     """Root folder of the unpacked Debian packages."""
 
     def unpack(target: Path) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(scratch)
-        _download(scratch)
-        for archive in sorted(scratch.glob("*.deb")):
-            subprocess.run(["dpkg-deb", "-x", archive, target], check=True)
-        shutil.rmtree(scratch)
+        _unpack(target, NEWEST, STABLE)
         commands = target / "bin"
         commands.mkdir()
         for name in ("iptables", "ip6tables"):
             for suffix in ("", "-save", "-restore"):
                 (commands / (name + suffix)).symlink_to("../usr/sbin/xtables-nft-multi")
 
-    scratch = cache_folder() / f"packages.{os.getpid()}"
     return once("packages", [name.encode() for name in (*NEWEST, *STABLE)], unpack)
 
 
-def _download(folder: Path) -> None:
+def prometheus() -> Path:
+    """Folder with prometheus and promtool, as the machine's own Debian release has them."""
+    name = "prometheus"
+    return once(name, [name.encode()], lambda target: _unpack(target, (), (name,))) / "usr/bin"
+
+
+def _unpack(target: Path, newest: Sequence[str], stable: Sequence[str]) -> None:
+    """Debian packages into a folder: of the newest release, and of the machine's own."""
+    scratch = target.with_suffix(".packages")
+    shutil.rmtree(scratch, ignore_errors=True)
+    _download(scratch, newest, stable)
+    for archive in sorted(scratch.glob("*.deb")):
+        subprocess.run(["dpkg-deb", "-x", archive, target], check=True)
+    shutil.rmtree(scratch)
+
+
+def _download(folder: Path, newest: Sequence[str], stable: Sequence[str]) -> None:
     """The packages into a folder, with package lists of its own beside them."""
     for name in ("sources", "lists/partial", "cache/archives/partial"):
         (folder / name).mkdir(parents=True)
@@ -149,7 +159,7 @@ def _download(folder: Path) -> None:
     }  # fmt: skip
     apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
     subprocess.run([*apt, "update"], check=True)
-    wanted = [f"{name}/sid" for name in NEWEST] + [f"{name}/{found[1]}" for name in STABLE]
+    wanted = [f"{name}/sid" for name in newest] + [f"{name}/{found[1]}" for name in stable]
     subprocess.run([*apt, "download", *wanted], cwd=folder, check=True)
 
 

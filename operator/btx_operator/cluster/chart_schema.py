@@ -1,4 +1,4 @@
-"""Settings -> chart: `python -m btx_operator.cluster.chart_schema CHART CRDS`, from `make generate`.
+"""Settings -> chart: `python -m btx_operator.cluster.chart_schema CHART CRDS` (`make generate`).
 
 Writes the `settings` part of CHART/values.schema.json and the copy of the CRD that a chart needs,
 as Helm reads no file outside of it.
