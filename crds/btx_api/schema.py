@@ -20,6 +20,13 @@ _KEPT = (
     "type", "description", "default", "enum", "format", "pattern", "minimum", "maximum",
     "minLength", "maxLength", "minItems", "maxItems", "maxProperties", "required",
 )  # fmt: skip
+_BOUNDS = {"ge": "minimum", "le": "maximum"}
+"""pydantic's own words, where a validator runs before a bound."""
+_SEEN = {
+    "$defs", "$ref", "anyOf", "const", "count", "title", "properties", "items",
+    "additionalProperties", "propertyNames",
+}  # fmt: skip
+"""Handled here, or left out on purpose."""
 COLUMNS = {
     "State": ".status.state", "Stage": ".status.stage", "Experts": ".status.experts",
     "Progress": ".status.progress", "ETA": ".status.eta",
@@ -54,6 +61,8 @@ def _convert(node: Schema, defs: Schema, defaults: bool) -> Schema:
         assert len(some) == 1, f"only optional values may be unions: {node}"
         rest = {key: value for key, value in node.items() if key not in ("anyOf", "default")}
         return _convert({**some[0], **rest}, defs, defaults)
+    node = {_BOUNDS.get(key, key): value for key, value in node.items()}
+    assert not (lost := set(node) - {*_KEPT, *_SEEN}), f"would be lost: {lost}"
     if node.get("count"):
         return _count(node, defaults)
     out = {key: node[key] for key in _KEPT if key in node and (defaults or key != "default")}

@@ -66,6 +66,7 @@ Count = Annotated[
 Integer = Annotated[int, BeforeValidator(_integer), Field(strict=True)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
+Seconds = Annotated[Integer, Field(ge=1, le=10**9)]
 Weight = Annotated[Real, Field(ge=0, le=1e12)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=20)]
 Uri = Annotated[str, Field(pattern=URI_PATTERN, max_length=1024)]
@@ -459,17 +460,17 @@ class Policy(Model):
     """Failed attempts of a stage that are followed by another; preemptions do not count."""
     backoff_seconds: Annotated[Integer, Field(ge=0, le=86_400)] = 10
     """Wait after the first failure; doubles with each, 10 minutes at the most."""
-    active_deadline_seconds: Annotated[Integer, Field(ge=1)] | None = None
+    active_deadline_seconds: Seconds | None = None
     """Running time of one stage over all its attempts, in seconds."""
-    pending_deadline_seconds: Annotated[Integer, Field(ge=1)] | None = None
+    pending_deadline_seconds: Seconds | None = None
     """Time an attempt may wait for its pod to start while not suspended."""
-    no_progress_seconds: Annotated[Integer, Field(ge=10)] = 1800
+    no_progress_seconds: Annotated[Seconds, Field(ge=10)] = 1800
     """A stage without a step for so long exits as stalled (judged in the trainer)."""
     failure_policy: FailurePolicy = FailurePolicy.FAIL_RUN
     """FailRun: one failed expert fails the run. Quorum: it counts as missing."""
     min_experts: Annotated[Integer, Field(ge=1, le=64)] | None = None
     """Least experts to mix under Quorum or after expertDeadlineSeconds; default: all."""
-    expert_deadline_seconds: Annotated[Integer, Field(ge=1)] | None = None
+    expert_deadline_seconds: Seconds | None = None
     """From acceptance; experts not complete by then are late and left out. Pauses with the run."""
     max_parallel_experts: Annotated[Integer, Field(ge=1, le=64)] | None = None
     """Limits how many train stages run at once."""

@@ -1,8 +1,8 @@
 """Reads a BTXRun manifest from disk: YAML 1.2, `--set` overlays, one line per problem.
 
-PyYAML reads YAML 1.1, where `1e-4` is a string, `010` is eight and `on` is true; the API server
-gets JSON. So scalars are resolved here, by the core schema of YAML 1.2.2 (section 10.3.2), and
-`tests/contract/number_table.json` is fed to both readers. Called by cli.py.
+PyYAML reads YAML 1.1, where `1e-4` is a string, `010` is eight and `on` is true. So scalars are
+resolved here, by the core schema of YAML 1.2.2 (section 10.3.2). Kubernetes reads a dialect of its
+own: `tests/contract/number_table.json` is fed to both, and what both accept is one value. Called by cli.py.
 """
 
 import re
@@ -60,8 +60,10 @@ class _Yaml12(yaml.SafeLoader):
         return super().construct_mapping(node, deep=True)
 
     def number(self, node: yaml.ScalarNode) -> int | float:
-        """`!!int` of the core schema: decimal (leading zeros too), 0o and 0x."""
+        """`!!int` of the core schema: decimal, 0o and 0x; no leading zero, octal to Kubernetes."""
         text = str(self.construct_scalar(node))
+        if re.fullmatch("[-+]?0[0-9]+", text):
+            raise _at(node, f"{text[:40]!r} is octal to some readers; write it without its zero")
         base = {"0o": 8, "0x": 16}.get(text[:2], 10)
         try:
             return int(text[2:] if base != 10 else text, base)
@@ -175,7 +177,7 @@ def parse(text: str, overlays: Sequence[str] = ()) -> RunManifest:
         apply_overlay(document, item)
     problems = _name_problems(document["metadata"])
     try:
-        spec = BTXRunSpec.parse(document["spec"])
+        spec = BTXRunSpec.parse(_set(document["spec"]))
     except ValidationError as error:
         raise ManifestError(*problems, *explain(error)) from None
     except RecursionError:
@@ -186,6 +188,13 @@ def parse(text: str, overlays: Sequence[str] = ()) -> RunManifest:
     return RunManifest(
         name=document["metadata"]["name"], spec=spec, unread=tuple(cluster_fields(spec))
     )
+
+
+def _set(value: Any) -> Any:
+    """A value without null fields: as to an API server they are fields that are not set."""
+    if isinstance(value, dict):
+        return {key: _set(item) for key, item in value.items() if item is not None}
+    return [_set(item) for item in value] if isinstance(value, list) else value
 
 
 def _fit_problems(name: str, spec: BTXRunSpec) -> list[str]:

@@ -23,7 +23,18 @@ spec:
 """
 
 
-@pytest.mark.parametrize("row", NUMBERS, ids=[repr(row["yaml"]) for row in NUMBERS])
+READ = [row for row in NUMBERS if "json" in row]
+REFUSED = [row["yaml"] for row in NUMBERS if "json" not in row]
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_another_reader_takes_for_another_number_is_refused(text):
+    """Ten or eight: the reader does not guess."""
+    with pytest.raises(ManifestError, match="is octal to some readers"):
+        parse_yaml(f"value: {text}")
+
+
+@pytest.mark.parametrize("row", READ, ids=[repr(row["yaml"]) for row in READ])
 def test_scalars_resolve_by_the_core_schema_of_yaml_1_2(row):
     """Every row of the table both readers are fed gives its JSON value, of JSON's own type."""
     found = parse_yaml(f"value: {row['yaml']}")["value"]
@@ -41,6 +52,14 @@ def test_a_manifest_reads_into_a_spec():
     assert (run.name, run.unread) == ("tiny", ())
     assert run.spec.train.optimizer.lr == 0.001
     assert [expert.tokens for expert in run.spec.experts] == [2000, 2000]
+
+
+def test_a_null_field_is_not_set():
+    """As on a cluster: a block whose lines are all comments is its defaults."""
+    empty = TINY + "  policy:\n  evaluate: {tokens: null}\n"
+    assert parse(empty) == parse(TINY)
+    overlaid = parse(TINY, ["experts[0].execution={threads: null}", "execution.train.threads=2"])
+    assert overlaid.spec.experts[0].execution.model_fields_set == set()
 
 
 def test_a_manifest_in_json_reads_the_same():
@@ -83,7 +102,9 @@ BAD = [
     ("metadata: {name: tiny}", "", (), "metadata: is required and must be a mapping"),
     ("name: tiny", "labels: {}", (), "metadata.name: is required"),
     ("name: tiny", "name: Tiny_1", (), "metadata.name: 'Tiny_1' is not a name"),
-    ("name: tiny", "name: 010", (), "metadata.name: 10 is not a name"),
+    ("name: tiny", "name: 10", (), "metadata.name: 10 is not a name"),
+    ("name: tiny", "name: 1a", (), "metadata.name: '1a' is not a name"),
+    ("name: tiny", "name: 010", (), "line 3, column 18: '010' is octal to some readers"),
     ("kind: BTXRun", "kind: BTXRun\nspecs: {}", (), "specs: unknown field"),
     ("seed: {uri", "seed: {url", (), "spec.seed.uri: is required"),
     ("lr: 1e-3", "learningRate: 1", (), "spec.train.optimizer.learningRate: unknown field"),
