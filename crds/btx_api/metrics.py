@@ -15,6 +15,20 @@ class MetricType(StrEnum):
     HISTOGRAM = "histogram"
 
 
+class Outcome(StrEnum):
+    """How an attempt ended: the label `outcome`."""
+
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+    STALLED = "Stalled"
+    DIVERGED = "Diverged"
+    MISCONFIGURED = "Misconfigured"
+    CORRUPT = "Corrupt"
+    PREEMPTED = "Preempted"
+    LOST = "Lost"
+    STOPPED = "Stopped"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
     """One metric family."""
@@ -78,7 +92,19 @@ TRAINER: dict[str, Metric] = {
 
 ENGINE: dict[str, Metric] = {
     "runs": _engine("runs", "Runs by status.state.", "state"),
-    "stages": _engine("stages", "Stages of all runs.", "kind", "state"),
+    "stages": _engine("stages", "Stages of runs that have not ended.", "kind", "state"),
+    "run_refused": _engine(
+        "run_refused", "1 for each run that is not accepted.", "namespace", "run", "reason"
+    ),
+    "run_gpu_seconds": _engine(
+        "run_gpu_seconds", "GPUs times running time of a run that has not ended.",
+        "namespace", "run", unit="seconds",
+    ),
+    "stage_gpus": _engine("stage_gpus", "GPUs of a running attempt.", "namespace", "run", "stage"),
+    "stage_flops": _engine(
+        "stage_flops_per_token", "FLOPs of a running stage per token that it trains on.",
+        "namespace", "run", "stage",
+    ),
     "attempts": _engine(
         "attempts_total", "Finished attempts.", "kind", "outcome", type=COUNTER
     ),

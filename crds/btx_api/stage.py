@@ -316,6 +316,8 @@ class Exit(IntEnum):
     """`mustExist` was asked and there is no artifact: the stage was not run."""
     STALLED = 70
     """No step for `noProgressSeconds`: counted as a failure."""
+    DIVERGED = 71
+    """Loss or gradient is not finite: counted as a failure."""
     PREEMPTED = 75
     """SIGTERM, checkpoint written: the next attempt resumes, not counted."""
     CONFIGURATION = 78
@@ -323,8 +325,8 @@ class Exit(IntEnum):
 
 
 GRAVITY = (
-    Exit.CONFIGURATION, Exit.CORRUPT, Exit.MISSING, Exit.STALLED, Exit.FAILED, Exit.PREEMPTED,
-    Exit.OK,
+    Exit.CONFIGURATION, Exit.CORRUPT, Exit.MISSING, Exit.DIVERGED, Exit.STALLED, Exit.FAILED,
+    Exit.PREEMPTED, Exit.OK,
 )  # fmt: skip
 """Of several ranks' codes the process exits with the first of these."""
 

@@ -15,7 +15,7 @@ from btx_api.spec import Optimizer, Routing, Trainable
 from btx_api.stage import FinetuneRecipe, Progress, Task, TrainRecipe
 from btx_trainer import loop, optim
 from btx_trainer.checkpoint import Checkpoint, Checkpoints
-from btx_trainer.errors import ConfigurationError, PreemptedError, TrainerError
+from btx_trainer.errors import ConfigurationError, DivergedError, PreemptedError
 from btx_trainer.model import load_model
 from btx_trainer.ranks import Ranks
 from btx_trainer.stages import finetune, train
@@ -403,9 +403,9 @@ def test_a_loss_that_is_not_finite_stops_the_stage(studio: Studio) -> None:
 
     studio.add_model("broken", LlamaConfig(**SHAPE), overflow)
     studio.add_domain("all-trained", TEXTS["letters"], held_out_every=0)
-    with pytest.raises(TrainerError, match=r"^step 0: .*samples 0 to 7$"):
+    with pytest.raises(DivergedError, match=r"^step 0: .*samples 0 to 7$"):
         run(studio.work(studio.task(train_recipe(3), ["broken", "all-trained"])))
-    with pytest.raises(TrainerError, match=r"^step 0: the held-out loss is not finite$"):
+    with pytest.raises(DivergedError, match=r"^step 0: the held-out loss is not finite$"):
         run(studio.work(studio.task(train_recipe(3), ["broken", "letters"])))
 
 

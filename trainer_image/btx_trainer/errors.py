@@ -5,6 +5,7 @@ TrainerError
 +-- CorruptInputError    an artifact's bytes are not what its manifest says
 +-- MissingError         `mustExist` was asked and there is nothing
 +-- StalledError         no step for `noProgressSeconds`
++-- DivergedError        loss or gradient is not finite
 +-- PreemptedError       SIGTERM; the checkpoint is written
 Anything else that escapes (no disk space, a bug) is Exit.FAILED: tried again.
 """
@@ -49,6 +50,12 @@ class StalledError(TrainerError):
     """No progress for too long."""
 
     exit = Exit.STALLED
+
+
+class DivergedError(TrainerError):
+    """Loss or gradient is not finite."""
+
+    exit = Exit.DIVERGED
 
 
 class PreemptedError(TrainerError):

@@ -21,7 +21,7 @@ from btx_trainer.analysis import Excerpt, Slots
 from btx_trainer.answers import Desk, answer
 from btx_trainer.data import held_out_batches
 from btx_trainer.distributed import Compute
-from btx_trainer.errors import PreemptedError, TrainerError
+from btx_trainer.errors import DivergedError, PreemptedError
 from btx_trainer.model import (
     IGNORED,
     chunked_cross_entropy,
@@ -93,7 +93,7 @@ def measure(folder: Path, plan: Plan, watch: Watch) -> Measured:
     """Loads the model and measures it.
 
     Weights are loaded in the compute dtype: a model that fits its GPU in bf16 need not in fp32.
-    Raises ConfigurationError if it cannot be loaded, TrainerError if a loss is not finite,
+    Raises ConfigurationError if it cannot be loaded, DivergedError if a loss is not finite,
     PreemptedError when asked to stop.
     """
     watch.phase("loading")
@@ -109,7 +109,7 @@ def measure(folder: Path, plan: Plan, watch: Watch) -> Measured:
     for name, prepared in plan.domains.items():
         sums[name], tallies[name], excerpts[name] = _domain(model, prepared, plan, watch)
         if not math.isfinite(sums[name].loss):
-            raise TrainerError(str(folder), f"its loss on {name} is not finite")
+            raise DivergedError(str(folder), f"its loss on {name} is not finite")
     desk = Desk(
         tokenizer=plan.tokenizer, device=plan.compute.device, room=plan.sequence_length,
         batch_tokens=plan.batch_size * plan.sequence_length, done=watch.done,

@@ -31,7 +31,7 @@ from btx_trainer import optim, shards
 from btx_trainer.checkpoint import Checkpoint, Checkpoints
 from btx_trainer.data import Batch, Sampler, held_out_batches
 from btx_trainer.distributed import Compute, forward, place_model, set_up
-from btx_trainer.errors import ConfigurationError, PreemptedError, TrainerError
+from btx_trainer.errors import ConfigurationError, DivergedError, PreemptedError
 from btx_trainer.model import chunked_cross_entropy, forward_hidden, load_model, save_model
 from btx_trainer.routing import (
     BalanceTerms,
@@ -127,7 +127,7 @@ def begin(work: Work, recipe: Train, phases: Sequence[Phase]) -> Job:
 def train(work: Work, job: Job) -> Made:
     """Trains the job's model to the end of its data; puts it and its history into `work.out`.
 
-    Raises PreemptedError when asked to stop, the last step saved; TrainerError naming step and
+    Raises PreemptedError when asked to stop, the last step saved; DivergedError naming step and
     samples when the loss or the gradient is not finite.
     """
     place_model(job.model, job.compute)
@@ -208,7 +208,7 @@ def _step(job: Job, optimizer: torch.optim.Optimizer, step: int) -> _Taken:
     numbers = torch.stack([loss, norm]).tolist()
     if not all(map(math.isfinite, numbers)):
         size = job.data.batch_size
-        raise TrainerError(
+        raise DivergedError(
             f"step {step}",
             f"loss {numbers[0]:g}, gradient norm {numbers[1]:g}: "
             f"not finite on samples {step * size} to {(step + 1) * size - 1}",
@@ -348,7 +348,7 @@ class _Run:
         if known:
             self.metrics[name] = sum(known) / len(known)
             if not math.isfinite(self.metrics[name]):
-                raise TrainerError(f"step {self.step}", "the held-out loss is not finite")
+                raise DivergedError(f"step {self.step}", "the held-out loss is not finite")
 
     def _watched(self, split: Prepared) -> Iterator[Batch]:
         recipe = self._job.recipe
