@@ -144,6 +144,14 @@ ENGINE: dict[str, Metric] = {
         "operator_cache_listed_timestamp_seconds", "Unix time of the last full list.", "kind",
         unit="seconds",
     ),
+    "cache_drift": _engine(
+        "operator_cache_drift_total", "Objects of full lists that no watch had told of.",
+        type=COUNTER,
+    ),
+    "loop_lag": _engine(
+        "operator_loop_lag_seconds", "How late the event loop was at its last beat.",
+        unit="seconds",
+    ),
     "progress_failures": _engine(
         "operator_progress_failures_total", "Progress that could not be read.", type=COUNTER
     ),

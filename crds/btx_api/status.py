@@ -100,6 +100,8 @@ class Row(Model):
     """Attempts that failed and count against `policy.maxRetries`."""
     preemptions: int = 0
     """Attempts that were preempted after a checkpoint; never counted as failures."""
+    replaced: int = 0
+    """Of these, processes of the latest attempt that its backend began again by itself."""
     lost: int = 0
     """Attempts that vanished without a result; never counted as failures."""
     exit: int | None = None
@@ -175,6 +177,8 @@ class Reason(StrEnum):
     """Queued=False."""
     STAGES_RUNNING = "StagesRunning"
     """Running=True; the message names them."""
+    BLOCKED = "Blocked"
+    """Running=False: an attempt cannot begin; the message says why, and which field to mend."""
     NOTHING_RUNNING = "NothingRunning"
     """Running=False."""
     SUSPENDED = "Suspended"
@@ -202,6 +206,7 @@ class EventReason(StrEnum):
     ATTEMPT_FAILED = "AttemptFailed"
     ATTEMPT_PREEMPTED = "AttemptPreempted"
     ATTEMPT_LOST = "AttemptLost"
+    ATTEMPT_BLOCKED = "AttemptBlocked"
     ATTEMPT_STOPPED = "AttemptStopped"
     STAGE_COMPLETE = "StageComplete"
     STAGES_REUSED = "StagesReused"

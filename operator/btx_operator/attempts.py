@@ -10,7 +10,16 @@ from typing import Any
 
 from btx_api.spec import BTXRunSpec, Policy, Scheduling, overlay
 from btx_api.stage import Exit, Kind, Result
-from btx_api.status import ACTIVE, SHORT_LENGTH, Invalid, Row, State, brief
+from btx_api.status import (
+    ACTIVE,
+    MESSAGE_LENGTH,
+    PREFLIGHT,
+    SHORT_LENGTH,
+    Invalid,
+    Row,
+    State,
+    brief,
+)
 
 from btx_operator.observed import Attempt, Phase
 
@@ -97,7 +106,7 @@ def begin(row: Row) -> Row:
     """The intent: written before the attempt is created."""
     return change(
         row, state=State.STARTING, attempt=row.attempt + 1, retry_time=None, waits_for="",
-        message="", exit=None,
+        message="", exit=None, replaced=0,
     )  # fmt: skip
 
 
@@ -179,15 +188,21 @@ def words(code: int, result: Result) -> str:
 
 
 def _live(row: Row, attempt: Attempt, policy: Policy, now: float) -> Row:
+    if attempt.obsolete and row.state in ACTIVE:
+        return stop(change(row, handle=attempt.handle))
     deadline = due(row, attempt, policy)
     if deadline and now >= deadline[0]:
         return change(_over(row, State.FAILED), message=f"policy.{deadline[1]} passed")
     state = {Phase.RUNNING: State.RUNNING, Phase.QUEUED: State.QUEUED}.get(attempt.phase)
     running = attempt.phase is Phase.RUNNING and attempt.since is not None
     dead = attempt.dead_experts
+    errand = row.name == PREFLIGHT
+    trouble = brief(attempt.trouble, MESSAGE_LENGTH if errand else SHORT_LENGTH)
     return change(
-        row,
+        _replaced(row, attempt),
         handle=attempt.handle,
+        # Of preflight, Accepted goes on to say why the last look failed.
+        message=trouble or (row.message if errand else ""),
         dead_experts=row.dead_experts if dead is None else _counted(len(dead), dead),
         state=row.state if row.state is State.STOPPING else state or State.STARTING,
         start_time=int(attempt.since or 0) if running else None,
@@ -196,7 +211,7 @@ def _live(row: Row, attempt: Attempt, policy: Policy, now: float) -> Row:
 
 def _ended(row: Row, attempt: Attempt, code: int, policy: Policy, now: float) -> Row:
     result, stopped = attempt.result or Result(), row.state is State.STOPPING
-    row = change(row, seconds=row.seconds + round(attempt.seconds))
+    row = change(_replaced(row, attempt), seconds=row.seconds + round(attempt.seconds))
     message = words(code, result)
     match code:
         case Exit.OK if attempt.result is not None:
@@ -220,6 +235,12 @@ def _ended(row: Row, attempt: Attempt, code: int, policy: Policy, now: float) ->
         case _:
             row = fail(row, message, policy, now)
     return row if row.state in (State.PENDING, State.COMPLETE) else change(row, exit=code)
+
+
+def _replaced(row: Row, attempt: Attempt) -> Row:
+    """What the backend itself began again was preempted as well."""
+    new = max(0, attempt.replaced - row.replaced)
+    return change(row, preemptions=row.preemptions + new, replaced=row.replaced + new)
 
 
 def _counted(count: int, names: Sequence[str] = ()) -> str:

@@ -51,12 +51,16 @@ def conclude(
     accepted: Verdict,
     suspended: Reason,
     succeeded: Verdict | None,
+    trouble: str = "",
 ) -> Status:
-    """All conditions anew. `succeeded=None`: not judged this time, the old one stands."""
+    """All conditions anew. `succeeded=None`: not judged this time, the old one stands.
+
+    `trouble`: why an attempt does not begin.
+    """
     verdicts = {
         ConditionType.ACCEPTED: accepted,
         ConditionType.QUEUED: queued(status, spec),
-        ConditionType.RUNNING: _running(status),
+        ConditionType.RUNNING: _running(status, trouble),
         ConditionType.SUSPENDED: Verdict(
             "False" if suspended is Reason.NOT_SUSPENDED else "True", suspended
         ),
@@ -99,10 +103,12 @@ def queued(status: Status, spec: BTXRunSpec | None) -> Verdict:
     return Verdict("False", Reason.NOT_QUEUED)
 
 
-def _running(status: Status) -> Verdict:
+def _running(status: Status, trouble: str) -> Verdict:
     names = [row.name for row in status.stages if row.state is State.RUNNING]
     if names:
         return Verdict("True", Reason.STAGES_RUNNING, ", ".join(names))
+    if trouble:
+        return Verdict("False", Reason.BLOCKED, trouble)
     return Verdict("False", Reason.NOTHING_RUNNING)
 
 
@@ -180,7 +186,14 @@ def _told(row: Row, old: Row) -> Iterator[Event]:
     for happened, reason, message in troubles:
         if happened:
             warning = reason is not EventReason.ATTEMPT_PREEMPTED
-            yield Event(reason=reason, message=f"{which}: {message}", warning=warning)
+            failed = old.attempt if reason is EventReason.ATTEMPT_FAILED else 0
+            yield Event(
+                reason=reason, message=f"{which}: {message}", warning=warning, stage=row.name,
+                attempt=failed,
+            )  # fmt: skip
+    if row.state is State.STARTING and row.message not in ("", old.message):
+        blocked = f"{row.name}: attempt {row.attempt}: {row.message}"
+        yield Event(reason=EventReason.ATTEMPT_BLOCKED, message=blocked, warning=True)
     if row.invalid != old.invalid and row.invalid is not None and row.invalid.count:
         message = f"{row.name}: copy {row.invalid.tag} is corrupt"
         yield Event(reason=EventReason.ARTIFACT_CORRUPT, message=message, warning=True)

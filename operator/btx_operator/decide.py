@@ -51,8 +51,10 @@ def decide(seen: Observed, now: float) -> Decision:
     elif admission.looking:
         status, starts = looked(seen, status, now)
     status = conclude(
-        status, spec, now=now, accepted=admission.verdict, suspended=suspended, succeeded=succeeded
-    )
+        status, spec, now=now, accepted=admission.verdict, suspended=suspended,
+        succeeded=succeeded, trouble=trouble_of(seen, status),
+    )  # fmt: skip
+    status = status.model_copy(update={"progress": seen.progress, "eta": seen.eta})
     return Decision(
         status=status,
         stops=tuple(pruned(seen, status, hold=not (admission.accepted or halt))),
@@ -215,6 +217,18 @@ def pruned(seen: Observed, status: Status, *, hold: bool) -> Iterator[Attempt]:
         held = hold and attempt.stage != PREFLIGHT
         if live and not held and (attempt.stage, attempt.number, attempt.digest) not in asked_for:
             yield attempt
+
+
+def trouble_of(seen: Observed, status: Status) -> str:
+    """Why an attempt that is asked for does not begin, in full."""
+    rows = (*status.stages, *([status.preflight] if status.preflight else []))
+    active = {key_of(row) for row in rows if row.state in ACTIVE}
+    troubles = (
+        f"{a.stage}: {a.trouble}"
+        for a in seen.attempts
+        if a.trouble and (a.stage, a.number, a.digest) in active
+    )
+    return next(troubles, "")
 
 
 def times(seen: Observed, status: Status, now: float) -> Iterator[float]:

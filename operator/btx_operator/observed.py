@@ -47,6 +47,12 @@ class Attempt:
     """Running time once ended."""
     dead_experts: tuple[str, ...] | None = None
     """`layer.expert` of each that it says is dead now; None while it says nothing of experts."""
+    trouble: str = ""
+    """Why it does not begin, with the field to mend; empty: nothing is wrong."""
+    obsolete: bool = False
+    """It cannot go on as it is, and another one could: stop it, and do not count it."""
+    replaced: int = 0
+    """Processes of this attempt that were preempted and begun again by the backend itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +106,9 @@ class Observed:
     """Preflight reads every byte of every complete stage."""
     closing: bool = False
     """The engine's process wants to end: as if the run were suspended."""
+    progress: str = ""
+    eta: str = ""
+    """For display, of the stages that run; changed by the backend every now and then only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +131,9 @@ class Event:
     """A Reason or an EventReason."""
     message: str
     warning: bool = False
+    stage: str = ""
+    """Of the attempt that failed, so that a backend can add what it printed last."""
+    attempt: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

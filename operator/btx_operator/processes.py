@@ -118,11 +118,11 @@ def files(folder: Path, name: str, attempt: int) -> tuple[Path, Path, Path]:
     return folder / "logs" / f"{stem}.log", attempts / f"{stem}.json", task
 
 
-async def pull(port: int) -> Progress | None:
-    """The progress of whoever listens on a port of this machine; None without an answer."""
+async def pull(port: int, host: str = "127.0.0.1") -> Progress | None:
+    """The progress of whoever listens on a port of this machine or another; None: no answer."""
     with contextlib.suppress(OSError, TimeoutError, ValidationError):
         async with asyncio.timeout(PROGRESS_TIMEOUT):
-            return Progress.model_validate_json(await _get(port, "/progress"))
+            return Progress.model_validate_json(await _get(host, port, "/progress"))
     return None
 
 
@@ -187,10 +187,11 @@ def _free_port() -> int:
         return port
 
 
-async def _get(port: int, path: str) -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+async def _get(host: str, port: int, path: str) -> bytes:
+    """The body; no redirect is followed, and no more than PROGRESS_BYTES are read."""
+    reader, writer = await asyncio.open_connection(host, port)
     try:
-        writer.write(f"GET {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
         answer = b""
         while len(answer) < PROGRESS_BYTES and (part := await reader.read(PROGRESS_BYTES)):
             answer += part
