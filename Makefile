@@ -46,9 +46,10 @@ check: setup  ## Lint, types, import rules, generated files, budgets
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q tests/test_layout.py tests/contract
 
-generate: setup  ## Writes the CRD from btx_api, and what the chart has of it and of the settings
+generate: setup  ## Writes the CRD from btx_api, and what the chart has of it, of settings and values
 	$(BIN)/python -m btx_api.schema crds
 	$(BIN)/python -m btx_operator.cluster.chart_schema charts/btx-operator crds
+	$(BIN)/python charts/write_readme.py charts/btx-operator
 
 bench: bench-mix bench-prepare bench-s3 bench-train  ## Every bench, and docs/performance.md
 	$(BIN)/python benches/write_docs.py
