@@ -1,11 +1,11 @@
 """A node that plays its pods by script and is driven by the real scheduler and controllers.
 
-    python -m cluster.hollow_node KUBECONFIG NAME
+    python -m cluster.hollow_node KUBECONFIG NAME LEDGER
 
 It registers a Node, renews its Lease and reports pods as a kubelet would, but nothing runs. What a
 pod does is in its annotation `hollow.test/script` (JSON of `Act`, or a list of them: one for each
 pod of the same owner, the last repeats). Without one it runs for 0.2 s and exits 0. Restart policy
-Never only.
+Never only. A pod of the trainer that ends with 0 leaves the Result of its task (played_trainer.py).
 """
 
 import asyncio
@@ -17,10 +17,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 from cluster.control_plane import Cluster, ready
+from cluster.played_trainer import PlayedTrainer, task_of
 from kubernetes.aio import client, config, watch
 from kubernetes.client import CoreV1Api
 
@@ -56,8 +58,8 @@ class Act:
     exit: int = 0
     message: str = ""
     """Termination message, cut to 4096 bytes as a kubelet does."""
-    on_term: int = 143
-    """Exit code after SIGTERM."""
+    on_term: int | None = None
+    """Exit code after SIGTERM; default: 75 of a trainer (its checkpoint is written), else 143."""
     term_message: str = ""
     deaf: bool = False
     """Ignores SIGTERM: killed (137) when the grace period is over."""
@@ -81,8 +83,9 @@ def now() -> str:
 class HollowNode:
     """One node and the pods bound to it."""
 
-    def __init__(self, api: client.ApiClient, name: str) -> None:
+    def __init__(self, api: client.ApiClient, name: str, ledger: Path) -> None:
         self.name = name
+        self.trainer = PlayedTrainer(ledger)
         self.core = client.CoreV1Api(api)
         self.leases = client.CoordinationV1Api(api)
         self.pods: dict[str, dict[str, Any]] = {}
@@ -214,11 +217,21 @@ class HollowNode:
             if act.end is End.EVICT:
                 await self._evicted(uid, started)
             else:
-                await self._ended(uid, started, act.exit, act.message)
+                await self._ended(uid, started, *self._left(uid, act))
             return
         if act.deaf:
             await asyncio.sleep(self.pods[uid]["metadata"].get("deletionGracePeriodSeconds", 30))
-        await self._ended(uid, started, 137 if act.deaf else act.on_term, act.term_message)
+        polite = act.on_term
+        if polite is None:
+            polite = 143 if task_of(self.pods[uid]) is None else 75
+        await self._ended(uid, started, 137 if act.deaf else polite, act.term_message)
+
+    def _left(self, uid: str, act: Act) -> tuple[int, str]:
+        """Exit code and message of a pod that nobody stopped."""
+        task = task_of(self.pods[uid])
+        if task is None or act.exit or act.message:
+            return act.exit, act.message
+        return self.trainer.end(self.pods[uid], task)
 
     async def _evicted(self, uid: str, started: str) -> None:
         """As under pressure: the kubelet kills the pod and says so in a condition."""
@@ -301,7 +314,7 @@ class HollowNode:
 @contextlib.contextmanager
 def hollow_node(cluster: Cluster, name: str = "hollow-1") -> Iterator[str]:
     """A hollow node as a part of the cluster; its name, once it is ready for pods."""
-    module = (sys.executable, "-m", "cluster.hollow_node", cluster.kubeconfig, name)
+    module = (sys.executable, "-m", "cluster.hollow_node", cluster.kubeconfig, name, cluster.ledger)
     cluster.add(name, *module, PYTHONPATH=":".join(sys.path))
     core = CoreV1Api(cluster.client())
     try:
@@ -311,11 +324,11 @@ def hollow_node(cluster: Cluster, name: str = "hollow-1") -> Iterator[str]:
         cluster.parts[name].stop()
 
 
-async def main(kubeconfig: str, name: str) -> None:
+async def main(kubeconfig: str, name: str, ledger: str) -> None:
     """Plays one node."""
     await config.load_kube_config(kubeconfig)
     async with client.ApiClient() as api:
-        await HollowNode(api, name).run()
+        await HollowNode(api, name, Path(ledger)).run()
 
 
 if __name__ == "__main__":

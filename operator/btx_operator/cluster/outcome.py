@@ -50,7 +50,10 @@ def attempt_of(
         return replace(seen, phase=Phase.ENDED, exit=code, result=result, seconds=total)
     if job is not None and job.suspended and not seen.stopping:
         return replace(seen, phase=Phase.QUEUED)
-    first = next((pod for pod in live if pod.rank == 0 and pod.started is not None), None)
+    first = next((pod for pod in reversed(pods) if pod.rank == 0), None)
+    # Between the end of its last pod and the Job's own an attempt does not go back to the start.
+    if first is not None and (stuck(first, now) or preempted(first)):
+        first = None
     if first is not None and first.started is not None:
         # One clock over all pods of the attempt.
         before: float = sum(seconds(pod) for pod in pods if pod.rank == 0 and pod is not first)
