@@ -61,6 +61,11 @@ class Cluster:
         return self.folder / "audit.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """What played trainers committed (played_trainer.py)."""
+        return self.folder / "ledger.jsonl"
+
+    @property
     def authority(self) -> Authority:
         """Who signs clients and servers."""
         return Authority(self.folder / "certificates", "ca")
