@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from btx_api.status import ACTIVE, ConditionType, State, Status
+from btx_api.status import ACTIVE, State, Status
 from btx_operator.cluster.objects import (
     JobObject,
     Key,
@@ -198,8 +198,7 @@ class Cache:
         for record in self.records_of(run.uid):
             if record.job is None and not record.live_pods and record.uid not in handles:
                 self._forget(record.uid)
-        ended = run.status.condition(ConditionType.SUCCEEDED)
-        if ended and ended.status != "Unknown" and not any(row.state in ACTIVE for row in rows):
+        if run.ended and not any(row.state in ACTIVE for row in rows):
             run.forget()
 
     def _record(self, uid: str, origin: Origin) -> Record:

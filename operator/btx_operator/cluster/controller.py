@@ -9,7 +9,6 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-import kopf
 from btx_operator.cluster import handlers
 from btx_operator.cluster.backend import ClusterBackend
 from btx_operator.cluster.cache import Cache
@@ -72,10 +71,7 @@ class Controller:
         ends: list[float] = []
         while True:
             try:
-                await kopf.operator(
-                    registry=found, settings=handlers.watching(), standalone=True,
-                    clusterwide=not self.settings.namespaces, namespaces=self.settings.namespaces,
-                )  # fmt: skip
+                await handlers.watch(found, self.settings.namespaces)
                 why = "ended"
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"

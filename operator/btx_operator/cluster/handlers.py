@@ -1,4 +1,4 @@
-"""Watch events -> cache. The only place (with __main__) that knows kopf.
+"""Watch events -> cache. The only place that knows kopf.
 
 The handlers do no I/O and never raise: kopf would swallow the error. `None` as an event's type
 means that kopf lists anew, at its start or after 410 Gone; it does not tell what vanished.
@@ -87,6 +87,14 @@ class _Nothing(kopf.DiffBaseStorage, kopf.ProgressStorage):
 
     def flush(self) -> None:
         return None
+
+
+async def watch(found: kopf.OperatorRegistry, namespaces: tuple[str, ...]) -> None:
+    """Watches until cancelled; raises or returns where kopf gives up."""
+    await kopf.operator(
+        registry=found, settings=watching(), standalone=True, clusterwide=not namespaces,
+        namespaces=namespaces,
+    )  # fmt: skip
 
 
 def watching() -> kopf.OperatorSettings:

@@ -1,23 +1,26 @@
 """The operator's metrics: every name of btx_api.metrics.ENGINE, and nothing else.
 
-No label has the name of a run: what is known of single runs is in their status. Numbers of objects
-are counted when somebody scrapes; the rest when it happens.
+Only runs that have not ended have series of their own. What is, is counted when somebody scrapes;
+what happens, when it happens.
 """
 
-from collections import Counter
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from btx_api.metrics import ENGINE, MetricType
 from btx_api.spec import BTXRunSpec
-from btx_api.status import PREFLIGHT, Row, State, Status
-from btx_operator.attempts import scheduling_of
+from btx_api.status import Status
 from btx_operator.cluster.cache import Cache
+from btx_operator.cluster.run_metrics import Gauges, LiveRun, Sample, ended
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client import Counter as PromCounter
 from prometheus_client.core import GaugeMetricFamily
 
-COUNTED = ("runs", "stages", "cache_objects")
+COUNTED = (
+    "runs", "stages", "run_refused", "run_gpu_seconds", "stage_gpus", "stage_flops",
+    "cache_objects",
+)  # fmt: skip
 """Taken from the cache at each scrape."""
 BYTES = tuple(float(2**power) for power in range(9, 18))
 SECONDS = (1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 12 * 3600.0, 86_400.0, 7 * 86_400.0)
@@ -34,6 +37,7 @@ class Meters:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._all: dict[str, Any] = {}
+        self._by_name: dict[str, Any] = {}
         for key, metric in ENGINE.items():
             if key in COUNTED:
                 continue
@@ -43,6 +47,7 @@ class Meters:
             self._all[key] = MAKERS[metric.type](
                 metric.name, metric.help, metric.labels, registry=self.registry, **more
             )
+            self._by_name[metric.name] = self._all[key]
 
     def __getitem__(self, key: str) -> Any:
         return self._all[key]
@@ -63,45 +68,19 @@ class Meters:
     def told(self, before: Status, after: Status, spec: BTXRunSpec | None, *, size: int) -> None:
         """A status was stored: the attempts that ended with it."""
         self["status_bytes"].observe(size)
-        rows = {row.name: row for row in _rows(before)}
-        for row in _rows(after):
-            old = rows.get(row.name) or Row(name=row.name, digest=row.digest)
-            kind = row.name.partition("-")[0]
-            if row.state is State.COMPLETE is not old.state and row.attempt == 0:
-                self["reused"].labels(kind).inc()
-            outcome = _outcome(old, row)
-            if not outcome:
-                continue
-            self["attempts"].labels(kind, outcome).inc()
-            # A complete row of prepare keeps no time.
-            took = max(0, row.seconds - old.seconds)
-            self["attempt_seconds"].labels(kind).observe(took)
-            if spec is not None and row.name != PREFLIGHT:
-                block = scheduling_of(spec, row.name)
-                self["gpu_seconds"].labels(kind).inc(took * block.gpus * block.nodes)
-
-
-def _rows(status: Status) -> tuple[Row, ...]:
-    return (*filter(None, [status.preflight]), *status.stages)
-
-
-def _outcome(old: Row, row: Row) -> str:
-    """What became of the attempt that the old row had; empty: it goes on."""
-    if not old.handle or row.handle == old.handle:
-        return ""
-    if row.state is State.COMPLETE:
-        return "complete"
-    for name in ("failures", "preemptions", "lost"):
-        if getattr(row, name) > getattr(old, name):
-            return {"failures": "failed", "preemptions": "preempted"}.get(name, name)
-    return "stopped"
+        for sample in ended(before, after, spec, time.time()):
+            metric = self._by_name[sample.metric.name].labels(**sample.labels)
+            if sample.metric.type is MetricType.HISTOGRAM:
+                metric.observe(sample.value)
+            else:
+                metric.inc(sample.value)
 
 
 class _Census:
     """Counts the cache's objects for prometheus_client."""
 
     def __init__(self, cache: Cache) -> None:
-        self._cache = cache
+        self._cache, self._gauges = cache, Gauges()
 
     def describe(self) -> list[Any]:
         """Nothing: they are not known before the first scrape."""
@@ -109,19 +88,29 @@ class _Census:
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Families of the moment."""
-        runs, stages = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
-        for run in self._cache.runs.values():
-            runs[(run.state or "Pending",)] += 1
-            stages.update(run.tally)
-        records = self._cache.records.values()
+        runs, records = self._cache.runs.values(), self._cache.records.values()
+        live = [
+            LiveRun(
+                namespace=run.key[0], name=run.key[1], uid=run.uid, spec=run.spec,
+                status=run.status,
+            )
+            for run in runs
+            if not run.ended
+        ]  # fmt: skip
+        samples = list(self._gauges.samples((run.state for run in runs), live, time.time()))
         objects = {
-            ("runs",): len(self._cache.runs),
-            ("jobs",): sum(record.job is not None for record in records),
-            ("pods",): sum(len(record.pods) for record in records),
+            "runs": len(runs),
+            "jobs": sum(record.job is not None for record in records),
+            "pods": sum(len(record.pods) for record in records),
         }
-        for key, counts in (("runs", runs), ("stages", stages), ("cache_objects", objects)):
+        samples += [
+            Sample(metric=ENGINE["cache_objects"], labels={"kind": kind}, value=number)
+            for kind, number in objects.items()
+        ]
+        for key in COUNTED:
             metric = ENGINE[key]
             family = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
-            for labels, number in counts.items():
-                family.add_metric(list(labels), number)
+            for sample in samples:
+                if sample.metric is metric:
+                    family.add_metric([sample.labels[k] for k in metric.labels], sample.value)
             yield family

@@ -5,7 +5,6 @@ thousands are held in memory.
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,7 +22,7 @@ from btx_api.names import (
     UID_LABEL,
 )
 from btx_api.spec import BTXRunSpec, explain
-from btx_api.status import Status
+from btx_api.status import ConditionType, Status
 from pydantic import ValidationError
 
 Object = Mapping[str, Any]
@@ -57,8 +56,8 @@ class RunObject:
     status_json: str
     state: str
     """Of its status, for display."""
-    tally: dict[tuple[str, ...], int]
-    """Stages by kind and state, for metrics."""
+    ended: bool
+    """Succeeded or failed, by its status."""
     _spec: BTXRunSpec | None = None
     _problems: tuple[str, ...] = ()
     _status: Status | None = None
@@ -81,7 +80,10 @@ class RunObject:
             spec_json=json.dumps(item.get("spec"), separators=(",", ":")),
             status_json=json.dumps(status, separators=(",", ":")),
             state=status.get("state", ""),
-            tally=_tally(status.get("stages") or []),
+            ended=any(
+                c["type"] == ConditionType.SUCCEEDED and c["status"] != "Unknown"
+                for c in status.get("conditions") or []
+            ),
         )
 
     @property
@@ -265,10 +267,6 @@ class PodObject:
     def ended(self) -> bool:
         """Nothing of it runs any more."""
         return self.gone or self.phase in ("Succeeded", "Failed")
-
-
-def _tally(rows: list[Object]) -> dict[tuple[str, ...], int]:
-    return Counter((r["name"].partition("-")[0], r.get("state", "Pending")) for r in rows)
 
 
 def _controller(meta: Object) -> str:
