@@ -149,6 +149,11 @@ class Kube:
         try:
             async with self._slots:
                 code, data, headers = await self._once(verb, path, body)
+        except asyncio.CancelledError:
+            # kopf ends by cancelling all tasks of the loop that began after it, the resolver's too.
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            raise ApiError(0, "Cancelled", path) from None
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             raise ApiError(0, type(error).__name__, str(error)) from error
         except Exception as error:

@@ -6,13 +6,14 @@ what happens, when it happens.
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
-from btx_api.metrics import ENGINE, MetricType
+from btx_api.metrics import ENGINE, MetricType, Outcome
 from btx_api.spec import BTXRunSpec
 from btx_api.status import Status
 from btx_operator.cluster.cache import Cache
-from btx_operator.cluster.run_metrics import Gauges, LiveRun, Sample, ended
+from btx_operator.cluster.run_metrics import KINDS, Gauges, LiveRun, Sample, ended
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client import Counter as PromCounter
 from prometheus_client.core import GaugeMetricFamily
@@ -48,6 +49,9 @@ class Meters:
                 metric.name, metric.help, metric.labels, registry=self.registry, **more
             )
             self._by_name[metric.name] = self._all[key]
+        # A counter that appears with its first 1 has no increase that an alert could see.
+        for kind, outcome in product(KINDS, Outcome):
+            self["attempts"].labels(kind, outcome)
 
     def __getitem__(self, key: str) -> Any:
         return self._all[key]

@@ -40,8 +40,10 @@ class ProgressBook:
             asked = {r.uid: pod for r in self._cache.records.values() if (pod := _speaker(r))}
             for uid in self.latest.keys() - asked.keys():
                 del self.latest[uid]
-            told = await asyncio.gather(*(self._pull(uid, pod) for uid, pod in asked.items()))
-            for key in {key for key in told if key} | self._show(asked, loop.time()):
+            pulls = (self._pull(uid, pod) for uid, pod in asked.items())
+            told = await asyncio.gather(*pulls, return_exceptions=True)
+            news = {key for key in told if isinstance(key, tuple)}
+            for key in news | self._show(asked, loop.time()):
                 changed(key)
             round_seconds = min(ROUND_SECONDS, self._settings.progress_seconds)
             await asyncio.sleep(max(0.1, begun + round_seconds - loop.time()))
