@@ -72,7 +72,7 @@ CASES: list[tuple[str, Any, dict[str, Any], tuple[str, str] | str, str, Any]] = 
     ("metrics.podMonitor.enabled", True, {}, ("PodMonitor", "r-btx-operator-trainer"), "spec.namespaceSelector", {"any": True}),
     ("metrics.podMonitor.labels", {"p": "x"}, PODS, ("PodMonitor", "r-btx-operator-trainer"), "metadata.labels.p", "x"),
     ("metrics.podMonitor.interval", "5s", PODS, ("PodMonitor", "r-btx-operator-trainer"), "spec.podMetricsEndpoints.0.interval", "5s"),
-    ("metrics.rules.enabled", True, {}, ("PrometheusRule", "r-btx-operator"), "spec.groups.1.name", "btx.alerts"),
+    ("metrics.rules.enabled", True, {}, ("PrometheusRule", "r-btx-operator"), "spec.groups.0.name", "btx"),
     ("metrics.rules.labels", {"p": "x"}, RULES, ("PrometheusRule", "r-btx-operator"), "metadata.labels.p", "x"),
     ("metrics.dashboards.enabled", True, {}, ("ConfigMap", "r-btx-operator-dashboard-run"), "metadata.labels.grafana_dashboard", "1"),
     ("metrics.dashboards.labels", {"p": "x"}, BOARDS, ("ConfigMap", "r-btx-operator-dashboard-fleet"), "metadata.labels.p", "x"),
