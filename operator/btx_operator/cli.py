@@ -119,8 +119,15 @@ def _parser() -> argparse.ArgumentParser:
             help="sets a field of every manifest first: experts[0].tokens=10K",
         )  # fmt: skip
 
+    def remote(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "-n", "--namespace", metavar="NAME", help="a run of the cluster, in this namespace"
+        )
+        parser.add_argument("--context", metavar="NAME", help="of the kubeconfig; a cluster's run")
+
     parser = command(plan, "what a run would do and cost, without doing it")
     files(parser)
+    remote(parser)
     parser.add_argument(
         "--flops-per-second", type=_rate, metavar="RATE",
         help="what one GPU achieves, such as 400e12; else as measured in runs of this machine",
@@ -129,8 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     files(parser)
     parser.add_argument("--verify", action="store_true", help="read every byte of what is reused")
     parser.add_argument("--slots", type=_whole, metavar="N", help="stages at once (the cores)")
-    parser = command(status, "runs of this machine, or the stages of one")
+    parser = command(status, "runs of this machine or of a cluster, or the stages of one")
     parser.add_argument("run", nargs="?")
+    remote(parser)
     parser = command(report, "runs side by side: tables, report.html, report.json")
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
@@ -138,8 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stage", default="", help="finetune, mix, average, train-NAME (the last)")
-    command(retry, "forgives the failures so far").add_argument("run")
-    command(refresh, "looks at the inputs again").add_argument("run")
+    for function, usage in (
+        (retry, "forgives the failures so far"), (refresh, "looks at the inputs again"),
+    ):  # fmt: skip
+        parser = command(function, usage)
+        parser.add_argument("run")
+        remote(parser)
     parser = command(gc, "deletes what no run wants: none at work, none that ended lately")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("file", nargs="?", type=Path, metavar="FILE")
@@ -202,7 +214,9 @@ def _words(problem: Problem) -> str:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """`btx plan FILE...`"""
+    """`btx plan FILE...`, or of runs of a cluster: `btx plan -n NAMESPACE RUN...`"""
+    if cluster := _cluster(args):
+        return _plan_remote(args, cluster)
     planned: dict[tuple[str, str], dict[str, str]] = {}
     refused, manifests, rates = False, _manifests(args), _rates(args)
     for item in manifests:
@@ -236,15 +250,42 @@ def plan(args: argparse.Namespace) -> int:
     return Exit.CONFIGURATION if refused else Exit.OK
 
 
-def _rates(args: argparse.Namespace) -> dict[Kind, Rate]:
-    """As stated, or as measured in this machine's runs; what cannot be read tells nothing."""
+def _plan_remote(args: argparse.Namespace, cluster: Any) -> int:
+    """What the operator found out about each run when it accepted it; needs no storage."""
+    rates, refused = _rates(args, cluster.runs()), False
+    for path in args.files:
+        one = cluster.run(str(path))
+        print(f"{one.name}: {one.spec.method}, storage {one.spec.storage.uri}")
+        if one.status.resolved is None or one.status.release is None:
+            refused = True
+            why = views.reasons(one.status) or ["its inputs have not been looked at yet"]
+            print("\n".join(f"btx: {one.name}: {line}" for line in why), file=sys.stderr)
+            continue
+        print("\n".join(f"  {line}" for line in views.plan_of(one, one.uid, rates)))
+    return Exit.CONFIGURATION if refused else Exit.OK
+
+
+def _cluster(args: argparse.Namespace) -> Any:
+    """The cluster that is asked for; None for this machine."""
+    if args.namespace is None and args.context is None:
+        return None
+    try:
+        from btx_operator.cluster.remote import Remote  # noqa: PLC0415 - an extra, and slow
+    except ModuleNotFoundError as error:
+        raise UserError(f"a cluster's runs need btx[operator]: no {error.name}") from None
+    return Remote(args.namespace, args.context)
+
+
+def _rates(args: argparse.Namespace, past: Sequence[SavedRun] | None = None) -> dict[Kind, Rate]:
+    """As stated, or as measured in past runs (this machine's); the unreadable tell nothing."""
     if args.flops_per_second is not None:
         stated = Rate(flops_per_second=args.flops_per_second, source="--flops-per-second, one GPU")
         return dict.fromkeys(Kind, stated)
-    past = []
-    for name in saved_runs(args.dir):
-        with suppress(UserError):
-            past.append(saved(args.dir, name))
+    if past is None:
+        past = []
+        for name in saved_runs(args.dir):
+            with suppress(UserError):
+                past.append(saved(args.dir, name))
     return measured_rates(past)
 
 
@@ -322,7 +363,12 @@ def _finish(args: argparse.Namespace, backend: LocalBackend, item: RunManifest) 
 
 def status(args: argparse.Namespace) -> int:
     """`btx status [RUN]`"""
-    if args.run is None:
+    if cluster := _cluster(args):
+        if args.run is None:
+            lines = views.runs_table(cluster.runs())
+        else:
+            lines = views.run_tables(cluster.run(args.run), {})
+    elif args.run is None:
         lines = views.runs_table([saved(args.dir, name) for name in saved_runs(args.dir)])
     else:
         one = saved(args.dir, args.run)
@@ -399,17 +445,20 @@ def _saved_with_stages(args: argparse.Namespace) -> SavedRun:
 
 def retry(args: argparse.Namespace) -> int:
     """`btx retry RUN`"""
-    annotate(args.dir, args.run, retry=True)
-    return _annotated(args, "its failures are forgiven")
+    return _annotate(args, "its failures are forgiven", retry=True)
 
 
 def refresh(args: argparse.Namespace) -> int:
     """`btx refresh RUN`"""
-    annotate(args.dir, args.run, refresh=True)
-    return _annotated(args, "its inputs will be looked at again")
+    return _annotate(args, "its inputs will be looked at again", refresh=True)
 
 
-def _annotated(args: argparse.Namespace, what: str) -> int:
+def _annotate(args: argparse.Namespace, what: str, **wish: bool) -> int:
+    if cluster := _cluster(args):
+        cluster.annotate(args.run, **wish)
+        print(f"{args.run}: {what} by the operator")
+        return Exit.OK
+    annotate(args.dir, args.run, **wish)
     pid = saved(args.dir, args.run).pid
     when = f"by the running process {pid}" if pid else "at the next `btx run`"
     print(f"{args.run}: {what} {when}")

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from btx_api.methods import Graph, finetune_phases
+from btx_api.methods import Graph, finetune_phases, graph
 from btx_api.spec import BTXRunSpec, Scheduling
 from btx_api.stage import Kind, Parameters, Progress
-from btx_api.status import ACTIVE, Condition, ConditionType, Row, State, Status
+from btx_api.status import ACTIVE, Condition, ConditionType, Reason, Row, State, Status
 
 from btx_operator.attempts import scheduling_of
 from btx_operator.flops import Rate, cost, longest_chain
@@ -58,7 +58,7 @@ def _note(row: Row) -> str:
 
 
 def runs_table(runs: Sequence[Run]) -> list[str]:
-    """One line per run of this machine."""
+    """One line per run."""
     rows = [
         (
             run.name,
@@ -73,12 +73,33 @@ def runs_table(runs: Sequence[Run]) -> list[str]:
     return table(("run", "method", "state", "complete", "process"), rows)
 
 
+def plan_of(run: Run, uid: str, rates: Mapping[Kind, Rate]) -> list[str]:
+    """The plan of a run that was accepted: of its own stages and what became of them."""
+    status = run.status
+    assert status.resolved is not None and status.release is not None
+    stages = graph(
+        run.spec, status.resolved, status.members, versions=status.release.kinds, uid=uid
+    )
+    rows = {row.name: row for row in status.stages}
+    complete = [
+        name in rows
+        and rows[name].digest == node.stage.digest
+        and rows[name].state is State.COMPLETE
+        for name, node in stages.items()
+    ]
+    parameters = status.resolved.parameters
+    return plan_tables(run.spec, stages, complete, parameters, rates=rates, elsewhere={})
+
+
 def run_tables(run: Run, progress: Mapping[str, Progress]) -> list[str]:
     """State and reasons of one run, then a table of its stages."""
     status = run.status
     process = f", process {run.pid}" if run.pid else ""
     lines = [f"{run.name}: {status.state}{process}"]
     lines += [f"  {reason}" for reason in reasons(status)]
+    if status.progress:
+        left = f", {status.eta} left" if status.eta else ""
+        lines.append(f"  {status.stage}: {status.progress}{left}")
     if status.model:
         lines.append(f"  model {status.model}")
     header = ("stage", "state", "attempts", "tokens", "loss", "gain", "reused", "time", "message")
@@ -121,9 +142,11 @@ def reasons(status: Status) -> list[str]:
         return list(status.problems) or [_reason(accepted)]
     told = ((ConditionType.QUEUED, "True"), (ConditionType.SUSPENDED, "True"),
             (ConditionType.SUCCEEDED, "False"))  # fmt: skip
-    return [
-        _reason(c) for kind, truth in told if (c := status.condition(kind)) and c.status == truth
-    ]
+    found = [c for kind, truth in told if (c := status.condition(kind)) and c.status == truth]
+    running = status.condition(ConditionType.RUNNING)
+    if running and running.reason is Reason.BLOCKED:
+        found.append(running)
+    return [_reason(condition) for condition in found]
 
 
 def _reason(condition: Condition) -> str:
@@ -143,7 +166,7 @@ def final_stage(status: Status, name: str = "") -> Row | None:
 
 def plan_tables(
     spec: BTXRunSpec,
-    graph: Graph,
+    stages: Graph,
     complete: Sequence[bool],
     parameters: Parameters,
     *,
@@ -155,15 +178,15 @@ def plan_tables(
     `rates` by kind of stage, none where nothing is known; `elsewhere`: digests that another plan
     pays for, and whose.
     """
-    blocks = {name: scheduling_of(spec, name) for name in graph}
-    prices = {name: cost(node.stage, parameters, blocks[name]) for name, node in graph.items()}
+    blocks = {name: scheduling_of(spec, name) for name in stages}
+    prices = {name: cost(node.stage, parameters, blocks[name]) for name, node in stages.items()}
     hours = {
         name: rates[node.stage.kind].hours(prices[name].flops)
-        for name, node in graph.items()
+        for name, node in stages.items()
         if prices[name].flops and node.stage.kind in rates
     }
     rows, left = [], dict[str, float]()
-    for (name, node), done in zip(graph.items(), complete, strict=True):
+    for (name, node), done in zip(stages.items(), complete, strict=True):
         digest, price = node.stage.digest, prices[name]
         other = elsewhere.get(digest)
         state = "complete" if done else f"as in {other}" if other else "to run"
@@ -176,7 +199,7 @@ def plan_tables(
     p = parameters
     mixed = f", mixed {count(p.total)}, of them active {count(p.active)}" if p.total else ""
     weight = {n: price.flops / _processes(blocks[n]) for n, price in prices.items()}
-    chain = longest_chain(graph, weight)
+    chain = longest_chain(stages, weight)
     every = [name for name, price in prices.items() if price.flops]
     total = sum(price.flops for price in prices.values())
     return [
@@ -187,7 +210,7 @@ def plan_tables(
         f"longest chain: {', '.join(chain)}: {sum(prices[n].flops for n in chain):.2e} FLOPs"
         + _together({n: h / _processes(blocks[n]) for n, h in hours.items()},
                     [name for name in chain if name in every], "hours"),
-        *_rate_lines(graph, every, rates),
+        *_rate_lines(stages, every, rates),
         f"{len(left)} of {len(rows)} stages to run: at most {sum(left.values()):.2e} FLOPs"
         + _together(hours, [name for name in left if name in every]),
     ]  # fmt: skip
@@ -205,10 +228,10 @@ def _together(
     return f", {sum(hours[name] for name in names):.3g} {unit}" if known and names else ""
 
 
-def _rate_lines(graph: Graph, every: Sequence[str], rates: Mapping[Kind, Rate]) -> list[str]:
+def _rate_lines(stages: Graph, every: Sequence[str], rates: Mapping[Kind, Rate]) -> list[str]:
     """Where the hours come from; which kinds have none."""
     told: dict[str, list[str]] = {}
-    for kind in dict.fromkeys(graph[name].stage.kind for name in every):
+    for kind in dict.fromkeys(stages[name].stage.kind for name in every):
         rate = rates.get(kind)
         said = (
             f"{rate.flops_per_second:.3g} FLOP/s ({rate.source})"

@@ -14,6 +14,7 @@ from typing import Any
 from btx_api.names import API_VERSION, CONTAINER, KIND
 from btx_api.stage import TASK_SCHEMA, VERSIONS, Exit, Problem, Result
 from btx_api.status import ACTIVE, Release, State, Status
+
 from btx_operator.cluster.cache import Cache
 from btx_operator.cluster.jobs import JobError, Order, block_of, execution_hash, job, service
 from btx_operator.cluster.kube import EVENTS, JOBS, PODS, RUNS, SERVICES, ApiError, Kube

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from btx_api.status import ACTIVE, State, Status
+
 from btx_operator.cluster.objects import (
     JobObject,
     Key,

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 
 from btx_api.names import GROUP
+
 from btx_operator.cluster import settings
 from btx_operator.cluster.kube import ApiError, Kube, Resource, connect
 from btx_operator.errors import UserError

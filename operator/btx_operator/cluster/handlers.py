@@ -10,6 +10,7 @@ from typing import Any
 
 import kopf
 from btx_api.names import GROUP, PLURAL, RUN_LABEL, VERSION
+
 from btx_operator.cluster.cache import Cache
 from btx_operator.cluster.kube import Kube, credentials
 

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 
 from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
 from btx_operator.cluster.meters import Meters
 from btx_operator.cluster.workqueue import WorkQueue
-from prometheus_client import CONTENT_TYPE_LATEST
 
 BEAT_SECONDS = 1.0
 LAG_SECONDS = 30.0

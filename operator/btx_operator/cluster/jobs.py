@@ -32,6 +32,7 @@ from btx_api.names import (
 from btx_api.spec import BTXRunSpec, Scheduling
 from btx_api.stage import Exit, Kind
 from btx_api.status import PREFLIGHT
+
 from btx_operator.attempts import scheduling_of
 from btx_operator.cluster.objects import Key
 from btx_operator.cluster.settings import Settings

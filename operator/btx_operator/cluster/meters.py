@@ -12,11 +12,12 @@ from typing import Any
 from btx_api.metrics import ENGINE, MetricType, Outcome
 from btx_api.spec import BTXRunSpec
 from btx_api.status import Status
-from btx_operator.cluster.cache import Cache
-from btx_operator.cluster.run_metrics import KINDS, Gauges, LiveRun, Sample, ended
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client import Counter as PromCounter
 from prometheus_client.core import GaugeMetricFamily
+
+from btx_operator.cluster.cache import Cache
+from btx_operator.cluster.run_metrics import KINDS, Gauges, LiveRun, Sample, ended
 
 COUNTED = (
     "runs", "stages", "run_refused", "run_gpu_seconds", "stage_gpus", "stage_flops",

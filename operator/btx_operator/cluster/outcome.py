@@ -10,11 +10,12 @@ from dataclasses import replace
 
 from btx_api.spec import BTXRunSpec
 from btx_api.stage import GRAVITY, Exit, Problem, Progress, Result
+from pydantic import ValidationError
+
 from btx_operator.cluster.jobs import block_path
 from btx_operator.cluster.objects import PodObject, Record
 from btx_operator.observed import Attempt, Phase
 from btx_operator.processes import dead_experts
-from pydantic import ValidationError
 
 STUCK_SECONDS = 60
 """After the end of its grace period: a pod that is not gone by then is on a node that is."""

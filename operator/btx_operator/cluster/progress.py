@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 
 from btx_api.stage import Progress
+
 from btx_operator.cluster.cache import Cache
 from btx_operator.cluster.meters import Meters
 from btx_operator.cluster.objects import Key, PodObject, Record

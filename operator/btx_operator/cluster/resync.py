@@ -9,6 +9,7 @@ import logging
 import time
 
 from btx_api.names import RUN_LABEL
+
 from btx_operator.cluster.cache import Cache
 from btx_operator.cluster.kube import JOBS, PODS, RUNS, ApiError, Kube, Resource
 from btx_operator.cluster.meters import Meters

@@ -14,6 +14,7 @@ from btx_api.metrics import ENGINE, Metric, Outcome
 from btx_api.spec import BTXRunSpec
 from btx_api.stage import VERSIONS, Exit, Kind
 from btx_api.status import ACTIVE, PREFLIGHT, ConditionType, Row, State, Status
+
 from btx_operator.attempts import scheduling_of
 from btx_operator.conditions import WORDS
 from btx_operator.flops import cost

@@ -8,8 +8,9 @@ from typing import Annotated
 
 from btx_api.names import SETTINGS_ENV
 from btx_api.spec import Flag, Integer, Model, Text, explain
-from btx_operator.errors import UserError
 from pydantic import Field, ValidationError
+
+from btx_operator.errors import UserError
 
 
 class Settings(Model):
