@@ -7,12 +7,14 @@ What CEL cannot say the engine answers with Accepted=False. Used by schema.py.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from pydantic.alias_generators import to_camel
 
 from btx_api.names import JOB_NAME_LENGTH, run_name_length
 from btx_api.spec import (
     GENERAL,
+    POWERS,
     SERVED,
     Average,
     AverageWeights,
@@ -39,10 +41,14 @@ class Rule:
     message: str
     """What the field is or lacks, after its path."""
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """As the CRD says it."""
-        place = {"fieldPath": f".{self.field}"} if self.field else {}
-        return {"rule": self.holds, "message": self.message, **place}
+        out: dict[str, Any] = {"rule": self.holds, "message": self.message}
+        if self.field:
+            out["fieldPath"] = f".{self.field}"
+        if "oldSelf.hasValue()" in self.holds:
+            out["optionalOldSelf"] = True
+        return out
 
 
 def rules() -> Iterator[Rule]:
@@ -55,9 +61,15 @@ def rules() -> Iterator[Rule]:
     yield from _of_dense()
 
 
-# A count may be a text such as 210B, which CEL cannot read: then the engine judges alone.
-_POSITIVE, _ZERO = "(type({0}) != int || {0} > 0)", "(type({0}) != int || {0} == 0)"
-_WHOLE = "(type({0}) != int || ({0} > 0 && {0} % {1} == 0))"
+def _count(path: str, holds: str) -> str:
+    """CEL: a count at a path, as `n`, is as wanted. Of 1.5K (with a point) the engine judges."""
+    zeros = "".join(f".replace('{u}', '{'0' * power}')" for u, power in POWERS.items() if u)
+    number = f"type(c) == int ? c : int(c{zeros})"
+    # A list of one gives its item a name.
+    text = "type(c) == string && c.contains('.')"
+    return f"[{path}].all(c, {text} || [{number}].all(n, {holds}))"
+
+
 _ACCEPTED = "has(oldSelf.status) && has(oldSelf.status.generation) && oldSelf.status.generation > 0"
 _WITH_DATA = "filter(d, size(d.data) > 0).map(d, d.name)"
 _TRAINED = f"self.experts.{_WITH_DATA} + (size(self.general) > 0 ? ['{GENERAL}'] : [])"
@@ -77,7 +89,9 @@ def _of_the_object() -> Iterator[Rule]:
     message = (
         f"is too long: <name>-prepare-<domain>-<8 digits> are at most {JOB_NAME_LENGTH} letters"
     )
-    yield Rule("", "metadata.name", " && ".join(clauses), message)
+    # Every write of the object comes by here, the engine's too: an old object must not shut it out.
+    same = "oldSelf.hasValue() && oldSelf.value().spec == self.spec"
+    yield Rule("", "metadata.name", f"{same} || ({' && '.join(clauses)})", message)
     for field in ("spec.method", "spec.seed.uri", "spec.storage.uri"):
         holds = f"!({_ACCEPTED}) || self.{field} == oldSelf.{field}"
         yield Rule("", field, holds, "immutable once accepted; revert, or make a new run")
@@ -100,18 +114,23 @@ def _served() -> Iterator[Rule]:
 
 def _of_experts() -> Iterator[Rule]:
     needs, ready = "has(self.model) || ", "!has(self.model) || "
-    tokens, trained = _POSITIVE.format("self.tokens"), "a ready expert (model) is not trained"
+    trained = "a ready expert (model) is not trained"
     experts = (
         ("name", f"self.name != '{GENERAL}'", "general is the seed's own data; see spec.general"),
         ("data", needs + "size(self.data) > 0", "an expert needs data, or model (a ready one)"),
-        ("tokens", needs + tokens, "an expert with data needs a number of tokens above 0"),
-        ("tokens", ready + _ZERO.format("self.tokens"), trained),
+        (
+            "tokens",
+            needs + _count("self.tokens", "n > 0"),
+            "an expert with data needs a number of tokens above 0",
+        ),
+        ("tokens", ready + _count("self.tokens", "n == 0"), trained),
         ("train", ready + "!has(self.train)", trained),
     )
     for field, holds, message in experts:
         yield Rule("spec.experts[]", field, holds, message)
     own = "(has(e.train.{0}) ? e.train.{0} : self.train.{0})"
-    whole = _WHOLE.format(own.format("batchTokens"), own.format("sequenceLength"))
+    multiple = f"n > 0 && n % {own.format('sequenceLength')} == 0"
+    whole = _count(own.format("batchTokens"), multiple)
     message = "train.batchTokens of an expert is not a positive multiple of its sequenceLength"
     yield Rule("spec", "experts", f"self.experts.all(e, !has(e.train) || {whole})", message)
     few = "!has(self.policy.minExperts) || self.policy.minExperts <= size(self.experts)"
@@ -119,7 +138,7 @@ def _of_experts() -> Iterator[Rule]:
 
 
 def _of_blocks() -> Iterator[Rule]:
-    whole = _WHOLE.format("self.batchTokens", "self.sequenceLength")
+    whole = _count("self.batchTokens", "n > 0 && n % self.sequenceLength == 0")
     for at in ("spec.train", "spec.finetune"):
         yield Rule(at, "batchTokens", whole, "is not a positive multiple of sequenceLength")
     at, plain = "spec.finetune.routing", dict(equal_to(Routing(), "self"))
@@ -150,8 +169,11 @@ def _of_domains() -> Iterator[Rule]:
         yield Rule(at, "", weighed, "all weights are 0")
     some = "self.exists(d, self[d] > 0.0)"
     yield Rule("spec.finetune.data[].domains", "", some, "needs at least one weight above 0")
+    some = "size(self.finetune.data) > 0 || size(self.general) > 0"
+    some += " || self.experts.exists(e, size(e.data) > 0)"
+    message = "is required where neither general nor an expert has data"
+    yield Rule("spec", "finetune.data", some, message)
     domains, named = "self.evaluate.domains", "self.evaluate.domains.map(d, d.name)"
-    # A list of one list names what every turn of a loop would else compute.
     lists = (
         ("finetune.data", _KNOWN, "self.finetune.data.all(p, p.domains.all(d, d in names))",
          "domains has a name without data in the run"),
@@ -201,4 +223,4 @@ def equal_to(block: Model, at: str) -> Iterator[tuple[str, str]]:
             case _:
                 same = f"{path} == {value}"
         is_count = isinstance(info.json_schema_extra, dict) and "count" in info.json_schema_extra
-        yield to_camel(name), f"(type({path}) != int || {same})" if is_count else same
+        yield to_camel(name), _count(path, f"n == {value}") if is_count else same

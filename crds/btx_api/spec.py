@@ -23,11 +23,11 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails
 
-_POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 COUNT_LENGTH = 32
 COUNT_PATTERN = (
     r"^[0-9]+(\.0+|"
-    + "|".join(rf"(\.[0-9]{{1,{n}}}0*)?{unit}" for unit, n in _POWERS.items() if n)
+    + "|".join(rf"(\.[0-9]{{1,{n}}}0*)?{unit}" for unit, n in POWERS.items() if n)
     + ")?$"
 )
 """Strings that parse_count reads: no more digits after the point than the unit makes whole."""
@@ -47,7 +47,7 @@ def parse_count(value: object) -> int:
     match = re.fullmatch(r"([0-9]+)(?:\.([0-9]+))?([KMBT]?)", text)
     if not match:
         raise ValueError("a count is an integer or a string such as '210B' (K, M, B, T)")
-    whole, fraction, power = match[1], (match[2] or "").rstrip("0"), _POWERS[match[3]]
+    whole, fraction, power = match[1], (match[2] or "").rstrip("0"), POWERS[match[3]]
     if len(fraction) > power:
         raise ValueError(f"{value!r} is not a whole number")
     return int(whole + fraction.ljust(power, "0"))
@@ -717,6 +717,9 @@ def _domain_problems(spec: BTXRunSpec) -> Iterator[str]:
     for name, sources in known.items():
         if not any(source.weight for source in sources):
             yield f"{_path_of(spec, name)}: all weights are 0"
+    data = (spec.general, spec.finetune.data, *(expert.data for expert in spec.experts))
+    if spec.method is not Method.DENSE and not any(data):
+        yield "finetune.data: is required where neither general nor an expert has data"
     for i, phase in enumerate(spec.finetune.data):
         for name in phase.domains:
             if name not in known:

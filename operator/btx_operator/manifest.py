@@ -2,7 +2,8 @@
 
 PyYAML reads YAML 1.1, where `1e-4` is a string, `010` is eight and `on` is true. So scalars are
 resolved here, by the core schema of YAML 1.2.2 (section 10.3.2). Kubernetes reads a dialect of its
-own: `tests/contract/number_table.json` is fed to both, and what both accept is one value. Called by cli.py.
+own: `tests/contract/number_table.json` is fed to both, and what both accept is one value.
+Called by cli.py.
 """
 
 import re

@@ -60,6 +60,8 @@ REJECTED = [
      "spec.finetune.data[0].domains.zz: no such domain (known: "),
     ({"finetune": {"data": [{"tokens": 1, "domains": {"code": 0}}]}},
      "spec.finetune.data[0].domains: needs at least one weight above 0"),
+    ({"experts": [{"name": "a", "model": "file://m"}], "general": []},
+     "spec.finetune.data: is required where neither general nor an expert has data"),
     ({"average": {"weights": "Posterior"}}, "spec.average.weights: Posterior is not served"),
     ({"method": "BTM"}, "spec.method: BTM is not served by this release (served: BTX, Dense)"),
     ({"method": "XYZ"}, "spec.method: input should be"),
