@@ -4,10 +4,9 @@ Called by views.py and cli.py for `btx plan`.
 
 Counted as torch counts them (FlopCounterMode, tests/trainer/test_plan_flops.py): two per multiplied
 weight and token, attention over the full square, 4 L H T forward and 10 L H T backward, since its
-kernels compute the scores a second time. The loss head runs forward twice in a training step (its
-logits are not kept), and all before it once more where the balancing loss of a batch in several
-micro-batches needs its means first. N, L, H, T: parameters that are multiplied (of an MoE: the
-active ones), layers, heads x head size, sequence length.
+kernels compute the scores a second time. All before the loss head runs forward once more where the
+balancing loss of a batch in several micro-batches needs its means first. N, L, H, T: parameters
+that are multiplied (of an MoE: the active ones), layers, heads x head size, sequence length.
 Held-out data counts as full rows, as many as the recipe allows.
 Not counted: norms, softmax, gates, the optimizer.
 """
@@ -109,9 +108,9 @@ def _step(one: _Forward, trainable: Trainable, layers: int) -> float:
     if trainable is Trainable.ROUTER:
         # No weight has a gradient, and nothing before the first router passes one on.
         behind = (layers - 1) / layers if layers else 1
-        return 3 * one.head + one.body * (1 + behind) + one.attention * (1 + 2.5 * behind)
+        return 2 * one.head + one.body * (1 + behind) + one.attention * (1 + 2.5 * behind)
     frozen = one.experts if trainable is Trainable.ALL_BUT_EXPERTS else 0
-    return 4 * one.head + 3 * one.body + 3.5 * one.attention - frozen
+    return 3 * (one.head + one.body) + 3.5 * one.attention - frozen
 
 
 def _means_first(recipe: FinetuneRecipe, one: _Forward, scheduling: Scheduling) -> int:

@@ -263,14 +263,16 @@ def test_a_result_file_that_cannot_be_replaced_is_written(local, tmp_path):
     ("error", "code", "message", "traced"),
     [
         (OSError(errno.ENOSPC, "No space left", "/x"), 1, "/x: No space left", False),
-        (OSError("s3://b/k: refused"), 1, ": s3://b/k: refused", False),
+        (OSError(errno.ENOSPC, "No space left"), 1, ": No space left", False),
+        (OSError(errno.EIO, "refused", "s3://b/k"), 1, "s3://b/k: refused", False),
+        (FileNotFoundError(2, "No such file", "/x"), 1, "/x: No such file", False),
         (CorruptInputError(Kind.MIX, "d", "t", "bad"), 65, "stages/mix/d: bad", False),
-        (FileNotFoundError(2, "No such file", "/x"), 1, "/x: No such file", True),
+        (OSError("of nothing"), 1, ": of nothing", True),
         (RuntimeError("first\nsecond"), 1, "RuntimeError: first second", True),
     ],
 )
 def test_every_failure_becomes_a_result(error, code, message, traced, capsys):
-    """The environment's failures are one line; a bug shows its traceback as well."""
+    """A failure that names its object, or a full disk, is one line; any other shows its traceback."""
 
     def work() -> Result:
         raise error
@@ -457,15 +459,20 @@ def test_what_is_not_known_is_not_shown():
 
 
 def test_a_stage_is_idle_since_it_last_published(monkeypatch):
-    """A measurement publishes per batch with the step unchanged: that is progress; silence is not."""
+    """A measurement publishes per batch with the step unchanged: that is progress, as bytes
+    of storage that move; silence is not."""
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("btx_trainer.storage.traffic.last", 0.0)
     telemetry = Telemetry(run="r", stage="s", kind=Kind.TRAIN)
     for time, publishes, idle in ((10.0, True, 0.0), (30.0, False, 20.0), (40.0, True, 0.0)):
         now[0] = time
         if publishes:
             telemetry.publish(Progress(phase="evaluating", step=1))
         assert telemetry.idle == idle
+    monkeypatch.setattr("btx_trainer.storage.traffic.last", 45.0)
+    now[0] = 50.0
+    assert telemetry.idle == 5.0
 
 
 def test_few_lines_for_many_steps(monkeypatch, caplog):

@@ -43,6 +43,11 @@ def grouped(a: Any, b: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return int(2 * a[0] * a[1] * (b[2] if len(b) == 3 else b[1]))
 
 
+def added(into: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """A product that is added to what is there, in place."""
+    return int(2 * a[0] * a[1] * b[1])
+
+
 def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """The CPU's kernel computes what the others do."""
     return int(sdpa_flop_count(query, key, value))
@@ -56,6 +61,7 @@ def attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **_
 ATEN = torch.ops.aten
 FORMULAS: dict[Any, Callable[..., int]] = {
     ATEN._grouped_mm: grouped,
+    ATEN.addmm_: added,
     ATEN._scaled_dot_product_flash_attention_for_cpu: attention,
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
@@ -157,6 +163,9 @@ def test_the_counter_counts_what_a_hand_does() -> None:
     with counting() as counter:
         product.backward(torch.ones_like(product))
     assert counter.get_total_flops() == 2 * (2 * 10 * 8 * 16)
+    with counting() as counter:
+        torch.zeros(8, 16).addmm_(torch.ones(8, 10), torch.ones(10, 16))
+    assert counter.get_total_flops() == 2 * 10 * 8 * 16
     query = torch.ones(1, 2, 16, 8, requires_grad=True)
     with counting() as counter:
         seen = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import google_crc32c
 import pytest
 from btx_api.spec import Storage
-from btx_trainer import s3
+from btx_trainer import s3_parts
 from btx_trainer.storage import Conflict, extend_crc, open_outside, open_store
 
 
@@ -92,7 +92,7 @@ def test_of_many_conditional_writers_one_wins(store, condition):
 
 def test_sink_writes_in_parts_and_sums_up(store, monkeypatch):
     """A large object arrives whole through a multipart upload; size and CRC32C are its own."""
-    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)  # the least that S3 allows
+    monkeypatch.setattr(s3_parts, "PART_BYTES", 5 * 2**20)  # the least that S3 allows
     data = os.urandom(17 * 2**20 + 3)
     with store.sink("big") as sink:
         for start in range(0, len(data), 3_000_000):
@@ -108,7 +108,7 @@ def test_sink_writes_in_parts_and_sums_up(store, monkeypatch):
 
 def test_an_aborted_sink_leaves_nothing(store, monkeypatch):
     """An exception inside `with` leaves no object and no part of one."""
-    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3_parts, "PART_BYTES", 5 * 2**20)
     with pytest.raises(ZeroDivisionError), store.sink("folder/big") as sink:
         sink.write(b"x" * 6 * 2**20)
         raise ZeroDivisionError

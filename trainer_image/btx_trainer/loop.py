@@ -259,7 +259,7 @@ def _gradients(job: Job, step: int) -> tuple[Tensor, float | None, list[list[flo
 @torch.no_grad()
 def _whole_terms(job: Job, parts: Sequence[Part], step: int) -> BalanceTerms:
     """The balance terms of a batch of several micro-batches and ranks, as constants."""
-    layers = (_forward(job, *part, step)[1] for part in parts)
+    layers = (_forward(job, *part[:2], None, step)[1] for part in parts)
     return reduce(add, map(balance_terms, layers)).all_reduced(job.compute.ranks.add)
 
 
@@ -271,13 +271,15 @@ def parts_of(batch: Batch, job: Job) -> list[Part]:
 
 
 def _forward(
-    job: Job, ids: Tensor, positions: Tensor, labels: Tensor, step: int
+    job: Job, ids: Tensor, positions: Tensor, labels: Tensor | None, step: int
 ) -> tuple[Tensor, list[LayerRouting]]:
-    """The sum of the nats of a micro-batch, [], and what each router did."""
+    """The sum of the nats of a micro-batch, [] (0 without labels), and what each router did."""
 
     def nats(model: PreTrainedModel) -> Tensor:
         with job.compute.autocast():
             hidden = forward_hidden(model, ids, positions)
+        if labels is None:
+            return hidden.new_zeros(())
         head = model.get_output_embeddings().weight
         with job.compute.autocast():
             return chunked_cross_entropy(hidden, head, labels)[0]
