@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 export PYTHONHASHSEED := 0
 
-.PHONY: help setup demo test check generate bench cluster test-cluster clean
+.PHONY: help setup demo test test-cluster test-e2e check generate cluster bench images clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -22,10 +22,10 @@ demo: setup  ## Seed, three experts, their mix and a dense baseline on real text
 	$(BIN)/python examples/demo.py
 
 test: setup build/.chromium  ## Every test this machine can run
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/cluster tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/cluster --ignore=tests/e2e/cluster tests
 	@echo "tiers run: unit, e2e (one machine)"
 	@echo "tier cluster left out: its parts take 10 CPU minutes to build; make test-cluster"
-	@echo "tier e2e on Kubernetes left out: not written yet"
+	@echo "tier e2e on Kubernetes left out: it needs root and builds two images; make test-e2e"
 
 build/.chromium:
 	@mkdir -p build
@@ -35,6 +35,13 @@ build/.chromium:
 
 test-cluster: setup  ## The tests on a real Kubernetes; builds it first (10 CPU minutes, once)
 	$(BIN)/python -m pytest -q tests/cluster
+
+test-e2e: setup  ## As root: both images, a real node, helm install, models in S3
+	@test "$$(id -u)" = 0 || { echo 'make test-e2e needs root: buildah, network namespaces, mounts'; exit 1; }
+	$(BIN)/python -m pytest -q tests/e2e/cluster
+
+images: setup  ## The operator's and the trainer's image, with docker or (as root) buildah
+	PYTHONPATH=tests $(BIN)/python -m cluster.images
 
 cluster: setup  ## A real cluster until Ctrl-C, and its kubeconfig (as root with a real node)
 	PYTHONPATH=tests $(BIN)/python -m cluster

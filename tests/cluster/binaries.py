@@ -214,7 +214,7 @@ def once(name: str, key: Sequence[bytes], make: Callable[[Path], None]) -> Path:
     """The folder `name`-<hash of key> of the cache; made if it is missing, by one process only."""
     digest = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in key)).hexdigest()
     folder = cache_folder() / f"{name}-{digest[:16]}"
-    with _locked(cache_folder() / f"{name}.lock"):
+    with locked(cache_folder() / f"{name}.lock"):
         if not folder.is_dir():
             unfinished = folder.with_suffix(".new")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -225,7 +225,7 @@ def once(name: str, key: Sequence[bytes], make: Callable[[Path], None]) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cluster import binaries, images
+from cluster import binaries, oci
 from cluster.control_plane import Cluster, control_plane, ready
 from kubernetes import client
 
 PAUSE, PROBE = "localhost/pause:1", "localhost/probe:1"
+KEPT = 4
+"""Images of one repository that containerd keeps from run to run."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Node:
         self.cluster, self.net, self.name = cluster, net, name
         self.folder = cluster.folder / "node"
         self.root = binaries.packages()
+        # Images outlive the cluster: one of gigabytes is unpacked once.
+        self.store = binaries.cache_folder() / f"containerd-{self.root.name.partition('-')[2]}"
         self.socket = self.folder / "containerd.sock"
         libraries = self.root / "usr/lib/x86_64-linux-gnu"
         self.environment = {
@@ -109,21 +114,76 @@ class Node:
         """An OCI archive; pods that use it say `imagePullPolicy: Never`."""
         self.ctr("images", "import", "--local", image)
 
+    def hand_over(self, image: oci.Image) -> int:
+        """An image of a layout, without the layers that are there; how many bytes were sent."""
+        if image.name in self.ctr("images", "list", "-q").split():
+            return 0
+        known = frozenset(self.ctr("content", "list", "-q").split())
+        command = [
+            self.root / "usr/bin/ctr", "-a", self.socket, "-n", "k8s.io",
+            "images", "import", "--local", "-",
+        ]  # fmt: skip
+        log = self.folder / "import.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out)
+            assert process.stdin
+            with process.stdin as pipe:
+                sent = image.write(pipe, known)
+        if process.wait():
+            raise RuntimeError(f"import of {image.name}: {log.read_text()[-2000:]}")
+        self._share(image)
+        self._drop_old(image)
+        return sent
+
+    def _share(self, image: oci.Image) -> None:
+        """One copy on the disk of what containerd and the layout both hold."""
+        for digest in image.blobs():
+            here = image.blob(digest)
+            there = self.store / "io.containerd.content.v1.content/blobs" / digest.replace(":", "/")
+            if here.stat().st_dev == there.stat().st_dev and not here.samefile(there):
+                spare = here.with_name(f"{here.name}.link")
+                spare.unlink(missing_ok=True)
+                spare.hardlink_to(there)
+                spare.replace(here)
+
+    def _drop_old(self, image: oci.Image) -> None:
+        """Removes all but the latest images of a repository."""
+        record = self.store / "handed-over"
+        lines = record.read_text().split() if record.exists() else []
+        lines = [*(line for line in lines if line != image.name), image.name]
+        ours = [line for line in lines if line.startswith(f"{image.repository}:")]
+        there = self.ctr("images", "list", "-q").split()
+        for name in ours[:-KEPT]:
+            # The kubelet's side keeps a name by id beside ours.
+            ids = [n for n in there if n.startswith(f"sha256:{name.rpartition(':')[2]}")]
+            self.ctr("images", "remove", name, *ids, check=False)
+        record.write_text("\n".join(line for line in lines if line not in ours[:-KEPT]))
+
     def start_containerd(self) -> None:
         """With the images of the sandbox and of the tests."""
         cni = self.folder / "cni"
         cni.mkdir()
         (cni / "10-btx.conflist").write_text(json.dumps(self._cni()))
         path = self._write("containerd.toml", self._containerd(cni))
+        # What pods of a killed run left; images are elsewhere.
+        shutil.rmtree(self.store / "io.containerd.grpc.v1.cri", ignore_errors=True)
         program = self.root / "usr/bin/containerd"
         self.cluster.add("containerd", program, "--config", path, **self.environment)
+        self._wait_for_containerd()
+        if self.ctr("containers", "list", "-q"):
+            self._clear_containerd()
+            self.cluster.parts["containerd"].stop()
+            self.cluster.start("containerd")
+            self._wait_for_containerd()
+        image = self.folder / "probe.tar"
+        oci.archive(binaries.go_build("probe", ["."], ()) / "probe", image, PAUSE, PROBE)
+        self.load(image)
+
+    def _wait_for_containerd(self) -> None:
         self.cluster.wait_for(
             "containerd",
             lambda: self.socket.exists() and "Server:" in self.ctr("version", check=False),
         )
-        image = self.folder / "probe.tar"
-        images.archive(binaries.go_build("probe", ["."], ()) / "probe", image, PAUSE, PROBE)
-        self.load(image)
 
     def _cni(self) -> dict[str, Any]:
         ipam = {"type": "host-local", "subnet": self.net.pods, "dataDir": str(self.folder / "ipam")}
@@ -136,7 +196,7 @@ class Node:
         # Without CAP_SYS_RESOURCE nothing may lower its oom_score_adj, as sandboxes ask for.
         return f"""
 version = 3
-root = "{self.folder}/containerd"
+root = "{self.store}"
 state = "{self.folder}/containerd-state"
 oom_score = 0
 disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
@@ -255,7 +315,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
         for path in Path("/var/lib/cni/results").glob(f"{self.net.name}-*"):
             path.unlink()
         points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-        for point in reversed([p for p in points if p.startswith(f"{self.folder}/")]):
+        ours = (f"{self.folder}/", f"{self.store}/")
+        for point in reversed([p for p in points if p.startswith(ours)]):
             sh("umount", point, check=False)
         for top in Path("/sys/fs/cgroup").glob("**/kubepods"):
             for folder, _, _ in os.walk(top, topdown=False):
@@ -310,11 +371,22 @@ def node(cluster: Cluster, net: Network, name: str = "node-1") -> Iterator[Node]
 
 
 @contextlib.contextmanager
-def real_cluster(folder: Path) -> Iterator[Cluster]:
-    """A control plane and a real node in a new network namespace, data below `folder`."""
+def real_node(folder: Path) -> Iterator[Node]:
+    """A control plane and a real node in a new network namespace, data below `folder`.
+
+    Waits for another one of this user's to end: containerd's images are everybody's.
+    """
     with (
+        binaries.locked(binaries.cache_folder() / "node.lock"),
         network() as net,
         control_plane(folder, host=net.address, enter=net.enter) as cluster,
-        node(cluster, net),
+        node(cluster, net) as started,
     ):
-        yield cluster
+        yield started
+
+
+@contextlib.contextmanager
+def real_cluster(folder: Path) -> Iterator[Cluster]:
+    """The same; its control plane."""
+    with real_node(folder) as started:
+        yield started.cluster
