@@ -7,7 +7,7 @@ export PYTHONHASHSEED := 0
 .PHONY: help setup demo test test-cluster test-e2e check generate cluster bench images clean
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 setup: .venv/.ready  ## A virtual environment with everything, pinned by constraints.txt
 
