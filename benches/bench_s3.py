@@ -1,12 +1,14 @@
 """Upload and download through our storage beside s5cmd, on one real S3 server (SeaweedFS).
 
 Both move the same files between a local folder (page cache warm) and a bucket on loopback. Ours is
-what every stage does: `Store.sink` and `Store.open`, with a CRC32C of every byte, ours and the
-server's; s5cmd is told nothing but the number of parts in flight and their size. Each is a process
-of its own; ours is timed from behind its imports, which a stage makes once. The server runs on the
-same cores and takes most of them: the CPU seconds are the client's alone, per GiB.
+what every stage does: `Store.sink` for each file that it writes, `Store.download` for those that it
+needs, with a CRC32C of every byte, ours and the server's; s5cmd is told nothing but the number of
+parts in flight and their size. Each is a process of its own; ours is timed from behind its imports,
+which a stage makes once. The server runs on the same cores and takes most of them: the CPU seconds
+are the client's alone, per GiB.
 """
 
+import filecmp
 import shutil
 import sys
 import tempfile
@@ -23,24 +25,23 @@ VOLUMES = 200
 
 COPY = """
 import json, os, sys, time
+from pathlib import Path
 import btx_trainer.s3
 from btx_api.spec import Storage
+from btx_trainer.artifacts import side_by_side
 from btx_trainer.storage import open_store, READ_BYTES
 way, folder, endpoint, *names = sys.argv[1:]
+wall, cpu = time.perf_counter(), time.process_time()
 uri = "s3://btx/ours"
 store = open_store(Storage(uri=uri, endpoint=endpoint, region="us-east-1", path_style=True))
-buffer = memoryview(bytearray(READ_BYTES))
-wall, cpu = time.perf_counter(), time.process_time()
-for name in names:
-    path = os.path.join(folder, name)
-    if way == "up":
-        with open(path, "rb", buffering=0) as file, store.sink(name) as sink:
+if way == "up":
+    buffer = memoryview(bytearray(READ_BYTES))
+    for name in names:
+        with open(os.path.join(folder, name), "rb", buffering=0) as file, store.sink(name) as sink:
             while count := file.readinto(buffer):
                 sink.write(buffer[:count])
-    else:
-        with store.open(name) as source, open(path, "wb", buffering=0) as file:
-            while count := source.readinto(buffer):
-                file.write(buffer[:count])
+else:
+    side_by_side(lambda name: store.download(name, Path(folder, name)), names)
 cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
 print(json.dumps({"wall": wall, "cpu": cpu}))
 """
@@ -70,6 +71,9 @@ def contenders(
 
     def ours() -> common.Sample:
         found = common.run([common.OURS, "-c", COPY, way, fresh(), endpoint, *names])
+        if way == "down":
+            same, *_ = filecmp.cmpfiles(source, target, names, shallow=False)
+            assert same == names, "a download is not what was uploaded"
         return common.Sample(peak=found.peak, **found.values)
 
     found = {"ours": ours}
@@ -111,9 +115,6 @@ def main() -> None:
                     [s.cpu / gib for s in peers], peer_name="s5cmd", unit="s/GiB",
                 ),
             ]  # fmt: skip
-        copies = [folder / "copies" / name for name in names]
-        same = [path.stat().st_size == size for path in copies]
-        assert all(same), "a download is not whole"
     common.finish("s3", rows, tiny=asked.tiny, packages=("boto3", "s5cmd", "google-crc32c"))
 
 

@@ -50,11 +50,11 @@ is better.""",
     "s3": (
         "S3: upload and download, beside s5cmd",
         """Two files of 256 MiB of random bytes, between a folder in the file cache and a real S3
-server (SeaweedFS) on loopback. *Ours* is what every stage does (`Store.sink`, `Store.open`), with a
-CRC32C of every byte, stored with the object and checked on the way back; it is timed from the end
-of its imports. s5cmd is a process from start to end, with the same size and number of parts. The
-server runs on the same cores and takes most of them, so wall times say as much of it as of the
-clients; the CPU seconds are the client's alone, per GiB.""",
+server (SeaweedFS) on loopback. *Ours* is what every stage does (`Store.sink`, `Store.download`),
+with a CRC32C of every byte, stored with the object and checked on the way back; it is timed from
+the end of its imports. s5cmd is a process from start to end, with the same size and number of
+parts. The server runs on the same cores and takes most of them, so wall times say as much of it as
+of the clients; the CPU seconds are the client's alone, per GiB.""",
     ),
     "train": (
         "train: beside the Hugging Face Trainer",
