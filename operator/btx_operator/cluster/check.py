@@ -21,9 +21,9 @@ RIGHTS: dict[tuple[str, str], tuple[str, ...]] = {
     (GROUP, "btxruns"): ("get", "list", "watch"),
     (GROUP, "btxruns/status"): ("update",),
     ("batch", "jobs"): ("get", "list", "watch", "create", "delete"),
-    ("", "pods"): ("get", "list", "watch"),
+    ("", "pods"): ("list", "watch"),
     ("", "pods/log"): ("get",),
-    ("", "services"): ("create", "delete"),
+    ("", "services"): ("create",),
     ("", "events"): ("create",),
 }
 """By API group and resource: every verb that the operator uses, and no other."""
