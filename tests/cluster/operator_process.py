@@ -8,25 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from btx_api.names import GROUP, SETTINGS_ENV
+from btx_api.names import SETTINGS_ENV
+from btx_operator.cluster import check
 from cluster.control_plane import Cluster
 from kubernetes import client
 from s3_server import free_ports
 
-RULES: list[dict[str, list[str]]] = [
-    {"apiGroups": [GROUP], "resources": ["btxruns"], "verbs": ["get", "list", "watch"]},
-    {"apiGroups": [GROUP], "resources": ["btxruns/status"], "verbs": ["update"]},
-    {
-        "apiGroups": ["batch"],
-        "resources": ["jobs"],
-        "verbs": ["get", "list", "watch", "create", "delete"],
-    },
-    {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
-    {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
-    {"apiGroups": [""], "resources": ["services"], "verbs": ["create", "delete"]},
-    {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
+RULES = [
+    {"apiGroups": [group], "resources": [resource], "verbs": list(verbs)}
+    for (group, resource), verbs in check.RIGHTS.items()
 ]
-"""What the chart's role grants (tests/chart compares them)."""
+"""What the chart's role grants (tests/chart/test_render.py compares them)."""
 USER = "btx-operator"
 
 
