@@ -21,7 +21,7 @@ def full_row(name: str, state: State) -> Row:
     """A row that has been through everything."""
     return Row(
         name=name, digest=DIGEST, state=state, attempt=3, handle="h" * 36, start_time=TIME,
-        seconds=86_400, failures=1, preemptions=2, lost=1, exit=1, retry_time=TIME, check=True,
+        seconds=86_400, failures=1, preemptions=2, replaced=1, lost=1, exit=1, retry_time=TIME, check=True,
         waits_for="run/train-code", invalid=Invalid(tag="t" * 80, count=2), gain=-0.25,
         token="0123456789abcdef", dead_experts="2: 0.1, 3.2", message="m" * 96,
     )  # fmt: skip

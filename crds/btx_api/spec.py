@@ -464,7 +464,7 @@ class Policy(Model):
     """Running time of one stage over all its attempts, in seconds."""
     pending_deadline_seconds: Seconds | None = None
     """Time an attempt may wait for its pod to start while not suspended."""
-    no_progress_seconds: Annotated[Seconds, Field(ge=10)] = 1800
+    no_progress_seconds: Annotated[Integer, Field(ge=10, le=10**9)] = 1800
     """A stage without a step for so long exits as stalled (judged in the trainer)."""
     failure_policy: FailurePolicy = FailurePolicy.FAIL_RUN
     """FailRun: one failed expert fails the run. Quorum: it counts as missing."""

@@ -258,7 +258,7 @@ def _lost(row: Row, message: str, policy: Policy, now: float) -> Row:
 
 
 def _over(row: Row, state: State) -> Row:
-    return change(row, state=state, handle="", start_time=None)
+    return change(row, state=state, handle="", start_time=None, replaced=0)
 
 
 def _after(times: int, policy: Policy, now: float) -> int:

@@ -1,5 +1,6 @@
 """One stage: what the end of an attempt leads to, back-off, deadlines, invalidation."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -205,3 +206,12 @@ def test_forgiving_resets_what_was_counted_but_not_what_is_to_be_replaced() -> N
         name=row.name, digest=row.digest, attempt=2, preemptions=4,
         invalid=Invalid(tag="one", count=0),
     )  # fmt: skip
+
+
+def test_what_an_attempt_replaced_ends_with_it() -> None:
+    """Its preemptions stay counted; the next attempt's objects count from none again."""
+    attempt = replace(ended(Exit.FAILED), replaced=3)
+
+    row = record(a_row(replaced=1, preemptions=1), attempt, POLICY, NOW)
+
+    assert (row.preemptions, row.replaced) == (3, 0)

@@ -8,6 +8,7 @@ from btx_api.spec import BTXRunSpec
 from btx_api.status import (
     MESSAGE_LENGTH,
     SHORT_LENGTH,
+    STAGE_LENGTH,
     Condition,
     ConditionType,
     Invalid,
@@ -35,6 +36,10 @@ EXPERTS_ONLY: dict[str, dict[str, Any]] = {
     "all experts train, after a failure and a preemption": {
         "state": State.RUNNING, "attempt": 3, "handle": UUID, "start_time": 1_700_000_000,
         "failures": 1, "preemptions": 1, "seconds": 86_400,
+    },
+    "no expert's pod can start, and they were replaced": {
+        "state": State.STARTING, "attempt": 3, "handle": UUID, "failures": 1, "preemptions": 1,
+        "seconds": 86_400, "replaced": 1, "message": "m" * SHORT_LENGTH,
     },
     "the storage went away under all experts": {
         "state": State.BACK_OFF, "attempt": 3, "retry_time": 1_700_000_000, "failures": 2,
@@ -66,6 +71,7 @@ def at_its_worst(status: Status, moment: dict[str, Any], *, everywhere: bool) ->
         for c in status.conditions
     )
     update = {"stages": rows, "conditions": told, "problems": ("p" * 100,) * 2}
+    update |= {"stage": "s" * STAGE_LENGTH, "experts": "64/64", "progress": "100%", "eta": "99h59m"}
     if everywhere:
         names = [row.name for row in rows if row.name.startswith("train-")]
         members = Members(experts=tuple(name.removeprefix("train-") for name in names))
