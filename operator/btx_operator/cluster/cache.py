@@ -47,15 +47,14 @@ class Cache:
 
     def put_run(self, item: Object) -> bool:
         """Whether it was news."""
-        key, uid = (
-            (item["metadata"]["namespace"], item["metadata"]["name"]),
-            item["metadata"]["uid"],
-        )
+        key, uid = _key(item), item["metadata"]["uid"]
         old = self.runs.get(key)
-        if uid in self._tombs or (old and old.uid == uid and old.version >= version_of(item)):
+        if uid in self._tombs or (old and old.version >= version_of(item)):
             return False
         run = RunObject.of(item)
-        if old and old.uid == uid and old.spec_json == run.spec_json:
+        if old and old.uid != uid:
+            self.drop_run({"metadata": {**item["metadata"], "uid": old.uid}})
+        elif old and old.spec_json == run.spec_json:
             # Reading a spec costs more than all the rest.
             run.adopt(old)
         self.runs[key] = run
@@ -66,10 +65,7 @@ class Cache:
 
     def drop_run(self, item: Object) -> None:
         """It was deleted; its Jobs follow by garbage collection."""
-        key, uid = (
-            (item["metadata"]["namespace"], item["metadata"]["name"]),
-            item["metadata"]["uid"],
-        )
+        key, uid = _key(item), item["metadata"]["uid"]
         self._bury(uid)
         run = self.runs.get(key)
         if run is not None and run.uid == uid:
@@ -261,6 +257,10 @@ class Cache:
             return [meta(r.origin.key, r.uid, r.job.version) for r in records if r.job]
         pods = [pod for r in records for pod in r.pods.values() if not pod.gone]
         return [meta(pod.origin.key, pod.uid, pod.version) for pod in pods]
+
+
+def _key(item: Object) -> Key:
+    return item["metadata"]["namespace"], item["metadata"]["name"]
 
 
 def _key(item: Object) -> Key:
