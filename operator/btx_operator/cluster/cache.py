@@ -263,10 +263,6 @@ def _key(item: Object) -> Key:
     return item["metadata"]["namespace"], item["metadata"]["name"]
 
 
-def _key(item: Object) -> Key:
-    return item["metadata"]["namespace"], item["metadata"]["name"]
-
-
 class Claims(Mapping[str, tuple[Claim, ...]]):
     """Looked up when asked: a run asks for the digests of its own stages only."""
 
