@@ -3,9 +3,9 @@
     python -m cluster.hollow_node KUBECONFIG NAME LEDGER
 
 It registers a Node, renews its Lease and reports pods as a kubelet would, but nothing runs. What a
-pod does is in its annotation `hollow.test/script` (JSON of `Act`, or a list of them: one for each
-pod of the same owner, the last repeats). Without one it runs for 0.2 s and exits 0. Restart policy
-Never only. A pod of the trainer that ends with 0 leaves the Result of its task (played_trainer.py).
+pod does is in its annotation `hollow.test/script` (JSON of a script, see `script_of`). Without one
+it runs for 0.2 s and exits 0. Restart policy Never only. A pod of the trainer that ends with 0
+leaves the Result of its task (played_trainer.py).
 """
 
 import asyncio
@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from btx_api.names import ATTEMPT_ANNOTATION, STAGE_LABEL
 from cluster.control_plane import Cluster, ready
 from cluster.played_trainer import PlayedTrainer, task_of
 from kubernetes.aio import client, config, watch
 from kubernetes.client import CoreV1Api
 
-SCRIPT = "hollow.test/script"
+SCRIPT, EXIT = "hollow.test/script", "hollow.test/exit"
 LABEL = "hollow.test/node"
+INDEX = "batch.kubernetes.io/job-completion-index"
 RENEW = 5.0
 """Seconds between renewals of the Lease; the controller manager waits for 20."""
 
@@ -38,6 +40,8 @@ class End(StrEnum):
     EXIT = "exit"
     EVICT = "evict"
     HANG = "hang"
+    TOLD = "told"
+    """Exits with the code in the annotation `hollow.test/exit`, once somebody writes it."""
 
 
 class Begin(StrEnum):
@@ -46,6 +50,8 @@ class Begin(StrEnum):
     RUN = "run"
     NEVER = "never"
     PULL_ERROR = "pull-error"
+    CONFIG_ERROR = "config-error"
+    """`message` is the kubelet's text."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,10 @@ class Act:
     exit: int = 0
     message: str = ""
     """Termination message, cut to 4096 bytes as a kubelet does."""
+    reason: str = ""
+    """Kubernetes' word for the end, such as OOMKilled; default: Completed or Error."""
+    ip: str = ""
+    """The pod's address; default: one of its own that nobody can reach."""
     on_term: int | None = None
     """Exit code after SIGTERM; default: 75 of a trainer (its checkpoint is written), else 143."""
     term_message: str = ""
@@ -66,13 +76,32 @@ class Act:
 
 
 def script_of(pod: dict[str, Any], number: int) -> Act:
-    """The act of an owner's pod number `number` (from 0)."""
-    text = pod["metadata"].get("annotations", {}).get(SCRIPT, "{}")
-    parsed = json.loads(text)
-    acts = parsed if isinstance(parsed, list) else [parsed]
-    fields = acts[min(number, len(acts) - 1)]
-    begin, end = Begin(fields.pop("begin", Begin.RUN)), End(fields.pop("end", End.EXIT))
-    return Act(begin=begin, end=end, **fields)
+    """The act of an owner's pod number `number` (from 0).
+
+    A script is an act; a list of scripts, one for each pod of the owner, the last repeats; or
+    scripts by a trainer's stage, attempt or rank: {"stages": {"train-code": ...}}, {"attempts":
+    [...]}, {"ranks": [...]}, of which the last repeats.
+    """
+    notes, labels = pod["metadata"].get("annotations", {}), pod["metadata"].get("labels", {})
+    script = json.loads(notes.get(SCRIPT, "{}"))
+    while True:
+        match script:
+            case {"stages": by_stage}:
+                script = by_stage.get(labels.get(STAGE_LABEL), {})
+            case {"attempts": scripts}:
+                script = _item(scripts, int(notes.get(ATTEMPT_ANNOTATION, 1)) - 1)
+            case {"ranks": scripts}:
+                script = _item(scripts, int(notes.get(INDEX, 0)))
+            case list():
+                script = _item(script, number)
+            case _:
+                break
+    begin, end = Begin(script.pop("begin", Begin.RUN)), End(script.pop("end", End.EXIT))
+    return Act(begin=begin, end=end, **script)
+
+
+def _item(scripts: list[Any], place: int) -> Any:
+    return scripts[min(place, len(scripts) - 1)]
 
 
 def now() -> str:
@@ -90,6 +119,7 @@ class HollowNode:
         self.leases = client.CoordinationV1Api(api)
         self.pods: dict[str, dict[str, Any]] = {}
         self.deleted: dict[str, asyncio.Event] = {}
+        self.told: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.begun: Counter[str] = Counter()
         self.addresses = 0
@@ -171,15 +201,17 @@ class HollowNode:
         uid = pod["metadata"]["uid"]
         self.pods[uid] = pod
         if uid not in self.tasks:
-            self.deleted[uid] = asyncio.Event()
+            self.deleted[uid], self.told[uid] = asyncio.Event(), asyncio.Event()
             self.tasks[uid] = asyncio.create_task(self._play(uid))
         if pod["metadata"].get("deletionTimestamp"):
             self.deleted[uid].set()
+        if EXIT in pod["metadata"].get("annotations", {}):
+            self.told[uid].set()
 
     def _forget(self, uid: str) -> None:
         if uid in self.tasks:
             self.tasks.pop(uid).cancel()
-            del self.pods[uid], self.deleted[uid]
+            del self.pods[uid], self.deleted[uid], self.told[uid]
 
     async def _play(self, uid: str) -> None:
         """One pod from its binding to its end; a finished one only waits for its deletion."""
@@ -200,24 +232,27 @@ class HollowNode:
 
     async def _act(self, uid: str, act: Act) -> None:
         started = now()
+        waiting = {
+            Begin.NEVER: ("ContainerCreating", ""),
+            Begin.PULL_ERROR: ("ImagePullBackOff", "Back-off pulling image: not found"),
+            Begin.CONFIG_ERROR: ("CreateContainerConfigError", act.message),
+        }  # fmt: skip
         if act.begin is not Begin.RUN:
-            pull = act.begin is Begin.PULL_ERROR
-            reason = "ImagePullBackOff" if pull else "ContainerCreating"
-            message = "Back-off pulling image: not found" if pull else ""
+            reason, message = waiting[act.begin]
             await self._report(uid, "Pending", {"waiting": {"reason": reason, "message": message}})
             await self.deleted[uid].wait()
             await self._ended(uid, started, 137, "")
             return
         self.addresses += 1
-        await self._report(uid, "Running", {"running": {"startedAt": started}})
-        seconds = None if act.end is End.HANG else act.seconds
-        try:
-            await asyncio.wait_for(self.deleted[uid].wait(), seconds)
-        except TimeoutError:
+        address = act.ip or f"10.254.{self.addresses // 250 % 250}.{self.addresses % 250 + 1}"
+        more = {"podIP": address, "podIPs": [{"ip": address}]}
+        await self._report(uid, "Running", {"running": {"startedAt": started}}, more)
+        if await self._over(uid, act):
             if act.end is End.EVICT:
                 await self._evicted(uid, started)
             else:
-                await self._ended(uid, started, *self._left(uid, act))
+                code, message = self._left(uid, act)
+                await self._ended(uid, started, code, message, reason=act.reason)
             return
         if act.deaf:
             await asyncio.sleep(self.pods[uid]["metadata"].get("deletionGracePeriodSeconds", 30))
@@ -226,11 +261,25 @@ class HollowNode:
             polite = 143 if task_of(self.pods[uid]) is None else 75
         await self._ended(uid, started, 137 if act.deaf else polite, act.term_message)
 
+    async def _over(self, uid: str, act: Act) -> bool:
+        """Waits as long as the act takes; False: the pod is to be deleted before its end."""
+        seconds = act.seconds if act.end in (End.EXIT, End.EVICT) else None
+        events = [self.deleted[uid], *([self.told[uid]] if act.end is End.TOLD else [])]
+        waits = [asyncio.create_task(event.wait()) for event in events]
+        try:
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return not self.deleted[uid].is_set()
+
     def _left(self, uid: str, act: Act) -> tuple[int, str]:
         """Exit code and message of a pod that nobody stopped."""
-        task = task_of(self.pods[uid])
-        if task is None or act.exit or act.message:
-            return act.exit, act.message
+        task, code = task_of(self.pods[uid]), act.exit
+        if act.end is End.TOLD:
+            code = int(self.pods[uid]["metadata"]["annotations"][EXIT])
+        if task is None or code or act.message:
+            return code, act.message
         return self.trainer.end(self.pods[uid], task)
 
     async def _evicted(self, uid: str, started: str) -> None:
@@ -245,11 +294,11 @@ class HollowNode:
 
     async def _ended(
         self, uid: str, started: str, code: int, message: str,
-        more: dict[str, Any] | None = None, *conditions: dict[str, Any],
+        more: dict[str, Any] | None = None, *conditions: dict[str, Any], reason: str = "",
     ) -> None:  # fmt: skip
         text = message.encode()[:4096].decode(errors="ignore")
         state = {
-            "exitCode": code, "reason": "Completed" if code == 0 else "Error", "message": text,
+            "exitCode": code, "reason": reason or ("Error" if code else "Completed"), "message": text,
             "startedAt": started, "finishedAt": now(),
         }  # fmt: skip
         phase = "Failed" if code else "Succeeded"
@@ -260,7 +309,7 @@ class HollowNode:
         *conditions: dict[str, Any],
     ) -> None:  # fmt: skip
         """Writes the pod's status: phase, conditions and one state for each container."""
-        pod, number = self.pods[uid], self.addresses
+        pod = self.pods[uid]
         running = "running" in state
         containers = [
             {
@@ -283,9 +332,6 @@ class HollowNode:
             "phase": phase, "containerStatuses": containers, "conditions": [*ours, *conditions],
             "hostIP": "127.0.0.1", "startTime": pod["status"].get("startTime", now()), **(more or {}),
         }  # fmt: skip
-        if running:
-            address = f"10.254.{number // 250 % 250}.{number % 250 + 1}"
-            status |= {"podIP": address, "podIPs": [{"ip": address}]}
         meta = pod["metadata"]
 
         async def write() -> None:
