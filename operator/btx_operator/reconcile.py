@@ -4,6 +4,7 @@ Called by local.py (processes), by the cluster's work queue (Jobs) and by the te
 Level-triggered: nothing is remembered between two calls but what the status says.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -52,8 +53,11 @@ async def reconcile(backend: Backend, run: str, clock: Callable[[], float]) -> f
     # The intents are stored: a crash from here on is repaired by the next step.
     for attempt in decision.stops:
         await backend.stop(run, attempt)
-    for start in decision.starts:
-        await backend.start(run, start)
+    # Side by side, each to its end: one that fails takes none of the others along.
+    starts = (backend.start(run, start) for start in decision.starts)
+    for result in await asyncio.gather(*starts, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
     if decision.events:
         await backend.emit(run, decision.events)
     return decision.again_after

@@ -8,7 +8,7 @@ import sys
 import time
 
 from btx_operator.cluster import settings
-from btx_operator.cluster.controller import Controller
+from btx_operator.cluster.controller import Controller, Stopped
 from btx_operator.cluster.kube import ApiError, connect
 from btx_operator.cluster.meters import Meters
 from btx_operator.cluster.settings import Settings
@@ -53,9 +53,10 @@ async def _main(found: Settings) -> int:
     except asyncio.CancelledError:
         return 0
     except BaseExceptionGroup as group:
-        for error in group.exceptions:
+        _, errors = group.split(Stopped)
+        for error in errors.exceptions if errors else ():
             logging.getLogger(__name__).error("ended: %r", error)
-        return 1
+        return 1 if errors else 0
     finally:
         await kube.close()
     return 0

@@ -6,18 +6,17 @@ it holds beside the cache is only how the API server refused an attempt.
 
 import json
 import logging
-import socket
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
-from btx_api.names import API_VERSION, CONTAINER, KIND
+from btx_api.names import API_VERSION, KIND
 from btx_api.stage import TASK_SCHEMA, VERSIONS, Exit, Problem, Result
 from btx_api.status import ACTIVE, Release, State, Status
 
 from btx_operator.cluster.cache import Cache
+from btx_operator.cluster.events import Poster
 from btx_operator.cluster.jobs import JobError, Order, block_of, execution_hash, job, service
-from btx_operator.cluster.kube import EVENTS, JOBS, PODS, RUNS, SERVICES, ApiError, Kube
+from btx_operator.cluster.kube import JOBS, PODS, RUNS, SERVICES, ApiError, Kube
 from btx_operator.cluster.meters import Meters
 from btx_operator.cluster.objects import Key, Origin, Record, RunObject
 from btx_operator.cluster.outcome import STUCK_SECONDS, attempt_of
@@ -28,8 +27,6 @@ from btx_operator.observed import Attempt, Event, Observed, Phase, Start
 
 log = logging.getLogger(__name__)
 
-LOG_LINES, LOG_LENGTH, MESSAGE_LENGTH = 10, 700, 1024
-COMPONENT = "btx-operator"
 Number = tuple[str, int, str]
 """Row, number, digest of an attempt."""
 
@@ -46,9 +43,10 @@ class ClusterBackend:
         clock: Callable[[], float],
         book: ProgressBook,
         meters: Meters,
+        poster: Poster,
     ) -> None:
         self.kube, self.cache, self.settings, self.clock = kube, cache, settings, clock
-        self.book, self.meters = book, meters
+        self.book, self.meters, self.poster = book, meters, poster
         self.release = Release(image=settings.trainer_image, task=TASK_SCHEMA, kinds=VERSIONS)
         self._written: set[Key] = set()
         self._refused: dict[Key, dict[Number, Attempt]] = {}
@@ -160,18 +158,12 @@ class ClusterBackend:
             self.cache.put_job(stored)
 
     async def emit(self, run: str, events: Sequence[Event]) -> None:
-        """See reconcile.Backend. Nothing depends on an event, so none is sent twice."""
-        key = key_of(run)
-        found = self.cache.runs.get(key)
+        """See reconcile.Backend."""
+        found = self.cache.runs.get(key_of(run))
         for event in events:
             log.info("%s: %s: %s", run, event.reason, event.message)
-            if found is None:
-                continue
-            try:
-                said = await self._last_words(found, event) if event.attempt else ""
-                await self.kube.create(EVENTS, key[0], _event(found, event, said))
-            except ApiError as error:
-                log.warning("%s: event %s not stored: %s", run, event.reason, error)
+            if found is not None:
+                self.poster.post(found, event)
 
     # Around a step ------------------------------------------------------------------------------
 
@@ -270,49 +262,8 @@ class ClusterBackend:
         )  # fmt: skip
         self._refused.setdefault(order.key, {})[start.name, start.attempt, start.digest] = seen
 
-    async def _last_words(self, run: RunObject, event: Event) -> str:
-        """The last lines of the attempt's log, while its pod is there."""
-        pods = [
-            pod
-            for record in self.cache.records_of(run.uid)
-            if (record.origin.stage, record.origin.number) == (event.stage, event.attempt)
-            for pod in record.pods.values()
-            if pod.exit is not None and not pod.gone
-        ]
-        if not pods:
-            return ""
-        last = max(pods, key=lambda pod: (pod.exit != Exit.OK, pod.finished or 0.0))
-        try:
-            text = await self.kube.log(run.key[0], last.name, CONTAINER, LOG_LINES)
-        except ApiError:
-            return ""
-        return text.strip()[-LOG_LENGTH:]
-
 
 def key_of(run: str) -> Key:
     """`namespace/name` -> key of the cache."""
     namespace, _, name = run.partition("/")
     return namespace, name
-
-
-def _event(run: RunObject, event: Event, said: str) -> dict[str, Any]:
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    message = f"{event.message}\n{said}" if said else event.message
-    return {
-        "apiVersion": "v1",
-        "kind": "Event",
-        "metadata": {"generateName": f"{run.key[1]}-", "namespace": run.key[0]},
-        "involvedObject": {
-            "apiVersion": API_VERSION, "kind": KIND, "namespace": run.key[0], "name": run.key[1],
-            "uid": run.uid,
-        },
-        "reason": str(event.reason),
-        "message": message[:MESSAGE_LENGTH],
-        "type": "Warning" if event.warning else "Normal",
-        "firstTimestamp": now,
-        "lastTimestamp": now,
-        "count": 1,
-        "source": {"component": COMPONENT},
-        "reportingComponent": COMPONENT,
-        "reportingInstance": socket.gethostname()[:128],
-    }  # fmt: skip

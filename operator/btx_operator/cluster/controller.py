@@ -12,6 +12,7 @@ from typing import Any
 from btx_operator.cluster import handlers
 from btx_operator.cluster.backend import ClusterBackend
 from btx_operator.cluster.cache import Cache
+from btx_operator.cluster.events import POSTERS, Poster
 from btx_operator.cluster.health import Health
 from btx_operator.cluster.kube import ApiError, Kube
 from btx_operator.cluster.meters import Meters
@@ -31,6 +32,10 @@ WATCHES = 20
 WATCH_SECONDS = 120.0
 
 
+class Stopped(Exception):
+    """The process was asked to end: SIGTERM or SIGINT, which kopf takes for itself."""
+
+
 class Controller:
     """One operator."""
 
@@ -40,15 +45,17 @@ class Controller:
         self.cache = Cache(self.queue.add)
         meters.watch(self.cache)
         self.book = ProgressBook(self.cache, settings, meters)
+        self.poster = Poster(kube, self.cache)
         self.backend = ClusterBackend(
-            kube, self.cache, settings, clock=time.time, book=self.book, meters=meters
-        )
+            kube, self.cache, settings, clock=time.time, book=self.book, meters=meters,
+            poster=self.poster,
+        )  # fmt: skip
         self.resync = Resync(kube, self.cache, settings, meters)
         self.health = Health(self.queue, meters, settings.workers)
         self.health.ready = lambda: self.resync.primed
 
     async def run(self) -> None:
-        """Until cancelled; any part that ends takes the others with it."""
+        """Until cancelled or Stopped; any part that ends takes the others with it."""
         server = await self.health.serve(self.settings.port)
         try:
             async with asyncio.TaskGroup() as group:
@@ -59,6 +66,7 @@ class Controller:
                     self._watch(), self.resync.keep_listing(),
                     self.book.keep_pulling(self.queue.add),
                     *(self._work() for _ in range(self.settings.workers)),
+                    *(self.poster.keep_posting() for _ in range(POSTERS)),
                 ]  # fmt: skip
                 for part in parts:
                     group.create_task(part)
@@ -66,7 +74,7 @@ class Controller:
             await server.cleanup()
 
     async def _watch(self) -> None:
-        """kopf, begun anew when it gives up: it ends on errors that pass."""
+        """kopf, begun anew when it gives up: it raises on errors that pass; raises Stopped."""
         found = handlers.registry(self.cache, self.kube, self.resync.soon)
         ends: list[float] = []
         while True:
@@ -75,6 +83,8 @@ class Controller:
                 why = "ended"
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
+            else:
+                raise Stopped
             ends = [at for at in ends if time.monotonic() - at < WATCH_SECONDS]
             ends.append(time.monotonic())
             log.warning("the watches ended (%s); begun anew", why)
