@@ -170,3 +170,22 @@ NAMES: list[tuple[str, Changes]] = [
     ("n" * 14, evaluate(domains=[{"name": LONGEST, "data": DATA}])),
 ]
 """Names as long as they may be; one letter more is refused."""
+
+
+def largest(sources: int) -> Changes:
+    """A spec with as much of everything as a rule can meet, and so many sources per domain."""
+    data = [{"uri": f"file://{i}"} for i in range(sources)]
+    train = {"batchTokens": "8192", "sequenceLength": 4096}
+    experts = [
+        {"name": f"expert-with-name-{i:03d}", "tokens": "1K", "data": data, "train": train}
+        for i in range(64)
+    ]
+    domains = [{"name": f"domain-with-name-{i:03d}", "data": data} for i in range(31)]
+    known = [item["name"] for item in (*experts, *domains)] + ["general"]
+    named = [{"name": name} for name in known if not name.startswith("domain")]
+    phase = {"tokens": 1, "domains": dict.fromkeys(known, 1)}
+    return {
+        "experts": experts, "general": data, "finetune": {"data": [phase] * 16},
+        **evaluate(domains=domains + named,
+                   tasks=[{**TASK, "name": f"task-{i}"} for i in range(32)]),
+    }  # fmt: skip

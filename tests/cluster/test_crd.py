@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import pairwise
@@ -18,9 +17,9 @@ from btx_api.status import PREFLIGHT, Status
 from btx_operator.errors import ManifestError
 from btx_operator.manifest import parse
 from builders import a_spec, resolved_for, spec_of
-from cluster import binaries
 from cluster.control_plane import Cluster
-from cluster.rule_rows import DATA, NAMES, ROWS, TASK, Changes, Row, expert
+from cluster.rule_rows import DATA, NAMES, ROWS, TASK, Changes, Row, expert, largest
+from cluster.runs import Runs, a_run, established, kubectl, refusal
 from full_status import full_status
 from fuzzed_specs import Draw, a_document
 from kubernetes import client
@@ -34,51 +33,6 @@ IMMUTABLE = {
     "seed.uri": {"seed": {"uri": "file://other"}},
     "storage.uri": {"storage": {"uri": "file://other"}},
 }
-
-
-def a_run(name: str = "x", **changes: Any) -> dict[str, Any]:
-    """A BTXRun as a user writes it."""
-    header = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}}
-    return {**header, "spec": a_spec(**changes)}
-
-
-class Runs:
-    """BTXRuns of one namespace, through the API, unknown fields refused."""
-
-    def __init__(self, api: client.ApiClient, namespace: str, group: str = names.GROUP) -> None:
-        self._objects = client.CustomObjectsApi(api)
-        self._where = (group, names.VERSION, namespace, names.PLURAL)
-
-    def create(self, body: dict[str, Any], **options: Any) -> dict[str, Any]:
-        """What is stored."""
-        stored: dict[str, Any] = self._objects.create_namespaced_custom_object(
-            *self._where, body, field_validation="Strict", **options
-        )
-        return stored
-
-    def tried(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What would be stored."""
-        return self.create(body, dry_run="All")
-
-    def read(self, name: str = "x") -> dict[str, Any]:
-        """As it is stored."""
-        stored: dict[str, Any] = self._objects.get_namespaced_custom_object(*self._where, name)
-        return stored
-
-    def edit(self, changes: Changes, name: str = "x") -> dict[str, Any]:
-        """Merges into the spec."""
-        stored: dict[str, Any] = self._objects.patch_namespaced_custom_object(
-            *self._where, name, {"spec": changes}, field_validation="Strict"
-        )
-        return stored
-
-    def write_status(self, status: Any, name: str = "x") -> dict[str, Any]:
-        """Replaces the status."""
-        body = {**self.read(name), "status": status}
-        stored: dict[str, Any] = self._objects.replace_namespaced_custom_object_status(
-            *self._where, name, body, field_validation="Strict"
-        )
-        return stored
 
 
 @pytest.fixture(scope="module")
@@ -98,35 +52,6 @@ def runs(crd: None, api: client.ApiClient, namespace: str) -> Runs:
 def tries(crd: None, api: client.ApiClient) -> Runs:
     """For what is not stored."""
     return Runs(api, "default")
-
-
-def kubectl(cluster: Cluster, *words: str, code: int = 0) -> str:
-    """Output and errors of a kubectl command that ends with a code."""
-    command = [binaries.kubectl(), "--kubeconfig", cluster.kubeconfig, *words]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def established(cluster: Cluster, api: client.ApiClient, name: str) -> None:
-    """Until objects of a CRD can be made."""
-
-    def done() -> bool:
-        found = client.ApiextensionsV1Api(api).read_custom_resource_definition(name)
-        truths = {c.type: c.status for c in found.status.conditions or ()}
-        assert truths.get("NonStructuralSchema") != "True"
-        return truths.get("Established") == "True"
-
-    cluster.wait_for(name, done)
-
-
-def refusal(call: Any, *arguments: Any) -> list[tuple[str, str]]:
-    """(field, message) of each cause that something is refused for."""
-    with pytest.raises(client.ApiException) as caught:
-        call(*arguments)
-    assert caught.value.status == 422, caught.value.body
-    causes = json.loads(caught.value.body)["details"]["causes"]
-    return [(cause["field"], cause["message"].partition(": ")[2]) for cause in causes]
 
 
 def said(row: Row, causes: list[tuple[str, str]]) -> bool:
@@ -221,6 +146,15 @@ def test_what_was_accepted_is_immutable(runs: Runs, path: str) -> None:
     runs.edit({"seed": {"tokenSecretRef": {"name": "hub"}}, "suspend": True})
 
 
+def test_no_spec_is_too_large_for_the_rules(runs: Runs) -> None:
+    """Their cost is limited while they run, too: at every limit at once, new and edited."""
+    runs.tried(a_run(**largest(256)))
+    runs.create(a_run(**largest(50)))
+    runs.write_status(full_status().plain())
+
+    assert runs.edit({"suspend": True})["metadata"]["generation"] == 2
+
+
 STRUCTURE: list[tuple[Changes, str]] = [
     ({"experts": []}, "spec.experts"),
     ({"experts": expert()["experts"] * 2}, "spec.experts[1]"),
@@ -252,14 +186,23 @@ def test_types_bounds_and_names_are_refused_by_field(
     assert path in [field for field, _ in refusal(tries.tried, a_run(**changes))]
 
 
-def test_an_unknown_field_is_reported(cluster: Cluster, crd: None, tmp_path: Path) -> None:
-    """By kubectl, with its path."""
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("apply", "--server-side"), ".spec.train.batch_tokens: field not declared in schema"),
+        (("apply",), 'unknown field "spec.train.batch_tokens"'),
+        (("create",), 'unknown field "spec.train.batch_tokens"'),
+    ],
+)
+def test_an_unknown_field_is_reported(
+    cluster: Cluster, crd: None, tmp_path: Path, words: tuple[str, ...], line: str
+) -> None:
+    """However it is sent; nothing is stored."""
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(a_run(train={"batch_tokens": 8})))
 
-    output = kubectl(cluster, "apply", "--server-side", "--dry-run=server", "-f", str(path), code=1)
-
-    assert 'unknown field "spec.train.batch_tokens"' in output or "batch_tokens" in output
+    assert line in kubectl(cluster, *words, "-f", str(path), code=1)
+    assert "No resources found" in kubectl(cluster, "get", "btx", "-n", "default")
 
 
 EVERY_BLOCK: Changes = {
