@@ -14,6 +14,7 @@ from pydantic.alias_generators import to_camel
 from btx_api.names import JOB_NAME_LENGTH, run_name_length
 from btx_api.spec import (
     GENERAL,
+    MAX_DOMAINS,
     POWERS,
     SERVED,
     Average,
@@ -173,6 +174,8 @@ def _of_domains() -> Iterator[Rule]:
     some += " || self.experts.exists(e, size(e.data) > 0)"
     message = "is required where neither general nor an expert has data"
     yield Rule("spec", "finetune.data", some, message)
+    message = f"makes more than {MAX_DOMAINS} domains of the run that have data"
+    yield Rule("spec", "evaluate.domains", f"size({_KNOWN}) <= {MAX_DOMAINS}", message)
     domains, named = "self.evaluate.domains", "self.evaluate.domains.map(d, d.name)"
     lists = (
         ("finetune.data", _KNOWN, "self.finetune.data.all(p, p.domains.all(d, d in names))",

@@ -714,6 +714,8 @@ def _recipe_problems(spec: BTXRunSpec) -> Iterator[str]:
 
 def _domain_problems(spec: BTXRunSpec) -> Iterator[str]:
     known = spec.domains()
+    if len(known) > MAX_DOMAINS:
+        yield f"evaluate.domains: {len(known)} domains of the run have data, {MAX_DOMAINS} may"
     for name, sources in known.items():
         if not any(source.weight for source in sources):
             yield f"{_path_of(spec, name)}: all weights are 0"

@@ -79,6 +79,8 @@ REJECTED = [
     ({"evaluate": {"domains": [{"name": "law"}]}}, "spec.evaluate.domains[0].name: no such domain"),
     ({"evaluate": {"domains": [{"name": "code", "data": DATA}]}}, "spec.evaluate.domains[0].data: "),
     ({"evaluate": {"domains": [{"name": "code"}, {"name": "code"}]}}, "spec.evaluate.domains[1].name"),
+    ({"evaluate": {"domains": [{"name": f"d-{i}", "data": DATA} for i in range(94)]}},
+     "spec.evaluate.domains: 97 domains of the run have data, 96 may"),
     ({"policy": {"minExperts": 3}}, "spec.policy.minExperts: 3 of 2 experts"),
     ({"method": "Dense", "mix": {"includeSeed": False}}, "spec.mix: is not read by method Dense"),
     ({"method": "Dense", "finetune": {"sequenceLength": 64}}, "spec.finetune.sequenceLength: is not"),
