@@ -23,7 +23,7 @@ from kubernetes import client, watch
 from s3_server import BUCKET, serving
 
 CHART = images.ROOT / "charts/btx-operator"
-SYSTEM, RELEASE = "btx-system", "btx"
+SYSTEM, RELEASE = "btx-system", "btx-operator"
 SECRET = "s3-credentials"
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 PATIENCE = 900
@@ -145,7 +145,7 @@ class Installation:
             with contextlib.suppress(AssertionError):
                 parts += [pod, self.kubectl("logs", "--tail=20", pod, here)]
         with contextlib.suppress(AssertionError):
-            parts.append(self.kubectl("logs", "--tail=60", "deploy/btx-operator", f"-n={SYSTEM}"))
+            parts.append(self.kubectl("logs", "--tail=60", f"deploy/{RELEASE}", f"-n={SYSTEM}"))
         return "\n".join(parts)
 
 

@@ -13,7 +13,7 @@ FORBIDDEN = {
 }
 WANTED = {"operator": ("kopf", "kubernetes.aio"), "trainer": ("torch", "transformers", "boto3")}
 LOOK = """
-import compileall, importlib.util, json, os, pathlib, shutil, stat, sys
+import ast, importlib.util, json, os, pathlib, shutil, stat, sys
 names = json.loads(sys.argv[1])
 files = [p for top in ("/usr", "/opt", "/etc", "/bin", "/sbin", "/lib", "/var", "/root")
          for p in pathlib.Path(top).rglob("*") if not p.is_symlink()]
@@ -28,18 +28,24 @@ def loose(path):
         return bool(path.stat().st_mode & (stat.S_ISUID | stat.S_ISGID)) and path.is_file()
     except PermissionError:
         return False
+def parses(path):
+    try:
+        return bool(ast.parse(path.read_bytes()))
+    except SyntaxError:
+        return False  # written for a newer Python
 def importable(name):
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
-sources = [p for p in files if p.suffix == ".py" and "site-packages" in p.parts or "app" in p.parts and p.suffix == ".py"]
+sources = [p for p in files if p.suffix == ".py" and p.is_relative_to("/opt/btx")]
 print(json.dumps({
     "uid": [os.getuid(), os.getgid()],
     "importable": [name for name in names if importable(name)],
     "setuid": [str(p) for p in files if loose(p)],
     "compilers": [n for n in ("cc", "gcc", "g++", "clang", "ld", "as", "make", "go", "rustc", "pip", "uv") if shutil.which(n)],
-    "uncompiled": sum(not pathlib.Path(importlib.util.cache_from_source(p)).exists() for p in sources),
+    "uncompiled": [str(p) for p in sources
+                   if not pathlib.Path(importlib.util.cache_from_source(p)).exists() and parses(p)],
     "sources": len(sources),
     "writable": [p for p in ("/", "/tmp", "/opt/btx", "/scratch", os.environ["HOME"]) if writable(p)],
 }))
@@ -92,9 +98,9 @@ def test_an_image_holds_what_it_needs_and_no_more(
 
     print(f"{target}: {sum(installed.images[target].blobs().values()) / 1e6:,.0f} MB")
     assert found.pop("sources") > 100
-    assert found.pop("uncompiled") == 0
     assert set(found.pop("writable")) == {volume}
     assert found == {
+        "uncompiled": [],
         "uid": [65532, 65532],
         "importable": list(WANTED[target]),
         "setuid": [],
