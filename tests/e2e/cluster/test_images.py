@@ -38,7 +38,7 @@ def importable(name):
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
-sources = [p for p in files if p.suffix == ".py" and p.is_relative_to("/opt/btx")]
+sources = [p for p in files if p.suffix == ".py" and "bin" not in p.parts and p.is_relative_to("/opt/btx")]
 print(json.dumps({
     "uid": [os.getuid(), os.getgid()],
     "importable": [name for name in names if importable(name)],
