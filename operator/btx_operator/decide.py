@@ -59,7 +59,7 @@ def decide(seen: Observed, now: float) -> Decision:
         status=status,
         stops=tuple(pruned(seen, status, hold=not (admission.accepted or halt))),
         starts=tuple(starts),
-        events=tuple(events(seen.status, status)),
+        events=tuple(events(seen.status, status, attempts.last_words(seen.attempts))),
         again_after=min((max(0.0, time - now) for time in times(seen, status, now)), default=None),
     )
 
@@ -131,14 +131,13 @@ def begun(seen: Observed, status: Status, nodes: Graph, now: float) -> tuple[Sta
     busy = {a.stage for a in seen.attempts if a.phase is not Phase.ENDED}
     limit = seen.spec.policy.max_parallel_experts or len(rows)
     starts = []
+    taken = (*ACTIVE, State.STOPPING)
+    trains = sum(row.state in taken and row.kind is Kind.TRAIN for row in rows.values())
     for name, node in nodes.items():
         row = rows[name]
         step = attempts.step(row, now)
         if not isinstance(step, Begin):
             continue
-        trains = sum(
-            r.kind is Kind.TRAIN and r.state in (*ACTIVE, State.STOPPING) for r in rows.values()
-        )
         ready = all(rows[need].state is State.COMPLETE for need in node.needs) and name not in busy
         turn = node.stage.kind is not Kind.TRAIN or trains < limit
         held = single_flight.holder(seen, rows, row, step) if ready or step.again else ""
@@ -146,6 +145,7 @@ def begun(seen: Observed, status: Status, nodes: Graph, now: float) -> tuple[Sta
             rows[name] = change(row, state=State.WAITING, waits_for=held, retry_time=None)
         elif step.again or (ready and turn):
             rows[name] = row if step.again else attempts.begin(row)
+            trains += node.stage.kind is Kind.TRAIN and not step.again
             starts.append(start_of(seen, status, rows[name], node))
         elif row.state is State.WAITING:
             rows[name] = change(row, state=State.PENDING, waits_for="")

@@ -5,6 +5,7 @@ Called by decide.py; pure. The old spec is kept nowhere: status holds hashes, an
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,9 @@ class Admission:
         return self.verdict.status == "True"
 
 
+GRAPHS = 256
+"""Graphs that are kept: of as many runs at work, two or three each."""
+_GRAPHS: OrderedDict[tuple[Any, ...], tuple[BTXRunSpec, Graph]] = OrderedDict()
 Refusal = Callable[[Observed, Status], Verdict | None]
 
 
@@ -93,7 +97,8 @@ def hear(seen: Observed, status: Status, attempt: Attempt | None, now: float) ->
     if seen.spec is None or row is None or row.digest != preflight_key(seen.spec, seen.refresh):
         return status
     # Preflight never gives up: a Secret made later heals the run.
-    policy = seen.spec.policy.model_copy(update={"max_retries": 10**9})
+    endless = {"max_retries": 10**9, "active_deadline_seconds": None}
+    policy = seen.spec.policy.model_copy(update={**endless, "pending_deadline_seconds": None})
     asked = row.state in (*ACTIVE, State.STOPPING)
     code = attempt.exit if attempt and asked else None
     result = attempt.result if attempt and code is not None else None
@@ -310,9 +315,19 @@ def _resolved(seen: Observed, status: Status, answer: Resolved, row: Row) -> Sta
 
 
 def _graph(seen: Observed, status: Status, resolved: Resolved, members: Members | None) -> Graph:
+    """A run asks for the same graph at every step, and hashing its stages is half of a step."""
     assert seen.spec is not None
     versions = (status.release or seen.release).kinds
-    return graph(seen.spec, resolved, members, versions=versions, uid=seen.uid)
+    texts = [resolved.model_dump_json(), members and members.model_dump_json(), seen.uid]
+    key = (id(seen.spec), *texts, *versions.items())
+    found = _GRAPHS.get(key)
+    # Of a spec that is gone another one may have the id.
+    if found is None or found[0] is not seen.spec:
+        made = graph(seen.spec, resolved, members, versions=versions, uid=seen.uid)
+        found = _GRAPHS[key] = (seen.spec, made)
+        while len(_GRAPHS) > GRAPHS:
+            _GRAPHS.popitem(last=False)
+    return Graph(found[1])
 
 
 def _complete(nodes: Graph, status: Status) -> set[str]:
