@@ -7,7 +7,6 @@ whether it is ready. Prints a line for each answer; exits 1 if one is no.
 import asyncio
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
@@ -39,7 +38,7 @@ def ready(url: str, seconds: float = READY_SECONDS) -> str:
         try:
             with opener.open(url, timeout=5):
                 return ""
-        except (urllib.error.URLError, OSError) as error:
+        except OSError as error:
             if time.monotonic() >= end:
                 return str(error)
         time.sleep(1)

@@ -1,0 +1,207 @@
+"""A real Prometheus that does what the Prometheus operator would make it do with the chart's objects.
+
+ServiceMonitor, PodMonitor and PrometheusRule become scrape_configs and a rule file; their schemas
+are those of the Prometheus operator's own CRDs.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from cluster import binaries
+from cluster.control_plane import Cluster
+from cluster.parts import Part
+from s3_server import free_ports
+
+MODULE = "github.com/prometheus-operator/prometheus-operator"
+VERSION, SUM = "v0.85.0", "h1:M5xLCLEoaW2IJfnuCwFzzpL+jSVQu3KGT84Pye+fW8s="
+Object = dict[str, Any]
+
+
+def crds() -> list[Path]:
+    """Files with the CRDs of the kinds that the chart uses, from the Go module of their operator."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = json.loads(
+            subprocess.run(
+                ["go", "mod", "download", "-json", f"{MODULE}@{VERSION}"],
+                cwd=folder, env=os.environ | {"GOTOOLCHAIN": "local", "GOFLAGS": ""},
+                capture_output=True, check=True,
+            ).stdout
+        )  # fmt: skip
+    assert found["Sum"] == SUM, found["Sum"]
+    kinds = ("servicemonitors", "podmonitors", "prometheusrules")
+    where = Path(found["Dir"]) / "example/prometheus-operator-crd"
+    return [where / f"monitoring.coreos.com_{kind}.yaml" for kind in kinds]
+
+
+def label(name: str) -> str:
+    """As service discovery writes a label's name."""
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def scrape_configs(objects: Sequence[Object], access: Object, interval: str = "") -> list[Object]:
+    """Of every monitor; `access`: how discovery reaches the API server; `interval` replaces theirs."""
+    found = []
+    for item in objects:
+        monitor = {"ServiceMonitor": _service, "PodMonitor": _pod}.get(item["kind"])
+        for number in range(0 if monitor is None else len(_endpoints(item))):
+            assert monitor is not None
+            found.append(monitor(item, number, access, interval))
+    return found
+
+
+def _endpoints(item: Object) -> list[Object]:
+    return list(item["spec"].get("endpoints") or item["spec"]["podMetricsEndpoints"])
+
+
+def _service(item: Object, number: int, access: Object, interval: str) -> Object:
+    config = _common(item, number, access, "endpointslice", "service_label", interval)
+    port = _endpoints(item)[number]["port"]
+    named = "__meta_kubernetes_endpointslice_port_name"
+    config["relabel_configs"] += [
+        {"source_labels": [named], "regex": port, "action": "keep"},
+        {"source_labels": ["__meta_kubernetes_service_name"], "target_label": "service"},
+        *_own_rules(item, number),
+    ]
+    return config
+
+
+def _pod(item: Object, number: int, access: Object, interval: str) -> Object:
+    config = _common(item, number, access, "pod", "pod_label", interval)
+    port = _endpoints(item)[number]["port"]
+    phase, named = "__meta_kubernetes_pod_phase", "__meta_kubernetes_pod_container_port_name"
+    config["relabel_configs"] += [
+        {"source_labels": [phase], "regex": "(Failed|Succeeded)", "action": "drop"},
+        {"source_labels": [named], "regex": port, "action": "keep"},
+        *_own_rules(item, number),
+    ]
+    return config
+
+
+def _common(
+    item: Object, number: int, access: Object, role: str, labels: str, interval: str
+) -> Object:
+    """What both kinds have: where to look, whom to keep, which labels a target gets."""
+    spec, endpoint = item["spec"], _endpoints(item)[number]
+    where = spec.get("namespaceSelector", {"matchNames": [item["metadata"]["namespace"]]})
+    discovery = {"role": role, **access}
+    if not where.get("any"):
+        discovery["namespaces"] = {"names": where["matchNames"]}
+    relabel: list[Object] = [
+        {
+            "source_labels": [f"__meta_kubernetes_{labels}_{label(name)}"],
+            "regex": value, "action": "keep",
+        }
+        for name, value in spec["selector"]["matchLabels"].items()
+    ]  # fmt: skip
+    relabel += [
+        {"source_labels": ["__meta_kubernetes_namespace"], "target_label": "namespace"},
+        {"source_labels": ["__meta_kubernetes_pod_name"], "target_label": "pod"},
+    ]
+    return {
+        "job_name": f"{item['kind']}/{item['metadata']['name']}/{number}",
+        "honor_labels": endpoint.get("honorLabels", False),
+        "metrics_path": endpoint["path"],
+        "scrape_interval": interval or endpoint["interval"],
+        "scrape_timeout": interval or endpoint["interval"],
+        "kubernetes_sd_configs": [discovery],
+        "relabel_configs": relabel,
+        "metric_relabel_configs": [_rule(r) for r in endpoint.get("metricRelabelings", ())],
+    }
+
+
+def _own_rules(item: Object, number: int) -> list[Object]:
+    return [_rule(rule) for rule in _endpoints(item)[number].get("relabelings", ())]
+
+
+def _rule(rule: Object) -> Object:
+    renamed = {"sourceLabels": "source_labels", "targetLabel": "target_label"}
+    return {renamed.get(key, key): value for key, value in rule.items()}
+
+
+class Prometheus:
+    """A server that runs."""
+
+    def __init__(self, port: int, part: Part) -> None:
+        self.address, self.part = f"http://127.0.0.1:{port}", part
+
+    def get(self, path: str, **query: str) -> Any:
+        """`data` of an answer of its API."""
+        url = f"{self.address}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def query(self, promql: str) -> list[Object]:
+        """The series of an instant query."""
+        return list(self.get("query", query=promql)["result"])
+
+    def wait_for(self, promql: str, seconds: float = 60) -> list[Object]:
+        """The series of a query, once there are any."""
+        until = time.monotonic() + seconds
+        while not (found := self.query(promql)):
+            self.part.check()
+            assert time.monotonic() < until, f"no data for {promql}: {self.get('targets')}"
+            time.sleep(0.3)
+        return found
+
+
+@contextlib.contextmanager
+def prometheus(
+    folder: Path, objects: Sequence[Object], cluster: Cluster, *,
+    interval: str = "1s", relabel: Sequence[Object] = (),
+) -> Iterator[Prometheus]:  # fmt: skip
+    """A Prometheus with the monitors and rules among `objects`, stopped at the end.
+
+    `relabel` are rules after all others, for targets that are elsewhere than their pods say.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    certificates = cluster.folder / "certificates"
+    access = {
+        "api_server": cluster.address,
+        "tls_config": {
+            "ca_file": str(certificates / "ca.crt"),
+            "cert_file": str(certificates / "admin.crt"),
+            "key_file": str(certificates / "admin.key"),
+        },
+    }
+    scrapes = scrape_configs(objects, access, interval)
+    for scrape in scrapes:
+        scrape["relabel_configs"] += relabel
+    rules = [item["spec"] for item in objects if item["kind"] == "PrometheusRule"]
+    files = [folder / f"rules-{number}.yaml" for number in range(len(rules))]
+    for path, spec in zip(files, rules, strict=True):
+        path.write_text(yaml.safe_dump(spec))
+    config = folder / "prometheus.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "global": {"evaluation_interval": interval},
+                "rule_files": [str(path) for path in files],
+                "scrape_configs": scrapes,
+            }
+        )
+    )
+    (port,) = free_ports(1)
+    part = Part(
+        "prometheus",
+        (
+            *cluster.enter, binaries.prometheus() / "prometheus", f"--config.file={config}",
+            f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}",
+        ),
+        folder / "prometheus.log",
+        {},
+    )  # fmt: skip
+    part.start()
+    try:
+        yield Prometheus(port, part)
+    finally:
+        part.stop()
