@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from btx_api.names import API_VERSION, KIND
+from btx_api.spec import BTXRunSpec
 from btx_api.stage import TASK_SCHEMA, VERSIONS, Exit, Problem, Result
 from btx_api.status import ACTIVE, Release, State, Status
 
@@ -49,6 +50,7 @@ class ClusterBackend:
         self.book, self.meters, self.poster = book, meters, poster
         self.release = Release(image=settings.trainer_image, task=TASK_SCHEMA, kinds=VERSIONS)
         self._written: set[Key] = set()
+        self._observed: dict[Key, tuple[str, BTXRunSpec | None]] = {}
         self._refused: dict[Key, dict[Number, Attempt]] = {}
 
     # Backend ------------------------------------------------------------------------------------
@@ -60,7 +62,9 @@ class ClusterBackend:
         self._written.discard(key)
         if found is None or found.deleting:
             self._refused.pop(key, None)
+            self._observed.pop(key, None)
             return None
+        self._observed[key] = found.uid, found.spec
         self.cache.release(key)
         progress, eta = self.book.shown(key)
         return Observed(
@@ -135,15 +139,16 @@ class ClusterBackend:
     async def start(self, run: str, start: Start) -> None:
         """See reconcile.Backend."""
         key = key_of(run)
-        found = self.cache.runs[key]
+        # Those of the decision: the user may have changed the run since.
+        uid, spec = self._observed[key]
+        assert spec is not None
         if key not in self._written:
-            await self._confirm(key, found)
-        assert found.spec is not None
-        order = Order(key, found.uid, start, found.spec, self.settings)
+            await self._confirm(key)
+        order = Order(key, uid, start, spec, self.settings)
         try:
             body = job(order)
             if order.scheduling.nodes > 1:
-                await self._name_nodes(key, found.uid)
+                await self._name_nodes(key, uid)
             stored = await self._create(order, body)
         except JobError as error:
             self._refuse(order, Problem(field=error.field, message=error.message))
@@ -218,10 +223,11 @@ class ClusterBackend:
                 meta = {"namespace": key[0], "name": key[1], "uid": run.uid}
                 self.cache.drop_run({"metadata": meta})
 
-    async def _confirm(self, key: Key, found: RunObject) -> None:
+    async def _confirm(self, key: Key) -> None:
         """No status was written in this step: another engine may have gone on meanwhile."""
+        found = self.cache.runs.get(key)
         await self._look_again(key)
-        if self.cache.runs.get(key) is not found:
+        if found is None or self.cache.runs.get(key) is not found:
             raise Conflict(f"{key}: is not as it was")
 
     async def _name_nodes(self, key: Key, uid: str) -> None:

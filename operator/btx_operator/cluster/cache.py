@@ -220,28 +220,38 @@ class Cache:
         while len(self._tombs) > TOMBSTONES:
             self._tombs.popitem(last=False)
 
+    def uids(self) -> set[str]:
+        """Of all objects that are there, as far as is known."""
+        found = {run.uid for run in self.runs.values()}
+        for record in self.records.values():
+            found |= {record.uid} if record.job else set()
+            found |= {pod.uid for pod in record.pods.values() if not pod.gone}
+        return found
+
     # Lists --------------------------------------------------------------------------------------
 
     def replace(
         self, kind: str, items: Iterable[Object], version: int, namespaces: tuple[str, ...]
-    ) -> int:
-        """Takes a full list of one kind, made at `version`; returns how much of it was news.
+    ) -> tuple[dict[str, int], int]:
+        """Takes a full list of one kind, made at `version`.
 
-        What the list lacks is removed, unless it is newer than the list.
+        What the list lacks is removed, unless it is newer than the list. Returns what was news, by
+        uid with its version, and how much was removed.
         """
         put = {"runs": self.put_run, "jobs": self.put_job, "pods": self.put_pod}[kind]
         drop = {"runs": self.drop_run, "jobs": self.drop_job, "pods": self.drop_pod}[kind]
-        there, news = set(), 0
+        there, news, removed = set(), {}, 0
         for item in items:
             there.add(item["metadata"]["uid"])
-            news += put(item)
+            if put(item):
+                news[item["metadata"]["uid"]] = version_of(item)
         for item in self._stored(kind):
             meta = item["metadata"]
             inside = not namespaces or meta["namespace"] in namespaces
             if inside and meta["uid"] not in there and int(meta["resourceVersion"]) <= version:
                 drop(item)
-                news += 1
-        return news
+                removed += 1
+        return news, removed
 
     def _stored(self, kind: str) -> list[Object]:
         """As much of each object as its removal needs."""

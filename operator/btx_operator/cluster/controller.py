@@ -75,7 +75,7 @@ class Controller:
 
     async def _watch(self) -> None:
         """kopf, begun anew when it gives up: it raises on errors that pass; raises Stopped."""
-        found = handlers.registry(self.cache, self.kube, self.resync.soon)
+        found = handlers.registry(self.cache, self.kube, self.resync.heard, self.resync.soon)
         ends: list[float] = []
         while True:
             try:

@@ -26,8 +26,10 @@ class Backoffs:
             yield 5.0
 
 
-def registry(cache: Cache, kube: Kube, listed: Callable[[], None]) -> kopf.OperatorRegistry:
-    """Handlers of the three kinds; `listed` is called when kopf seems to list anew."""
+def registry(
+    cache: Cache, kube: Kube, heard: Callable[[Any], None], listed: Callable[[], None]
+) -> kopf.OperatorRegistry:
+    """Handlers of the three kinds. `heard` gets every object; `listed` when kopf lists anew."""
     found = kopf.OperatorRegistry()
     feeds = {
         (GROUP, VERSION, PLURAL): (cache.put_run, cache.drop_run),
@@ -40,29 +42,29 @@ def registry(cache: Cache, kube: Kube, listed: Callable[[], None]) -> kopf.Opera
         return kopf.ConnectionInfo(**credentials(kube.configuration))
 
     for resource, (put, drop) in feeds.items():
-        _feed(found, resource, put, drop, listed)
+
+        def told(event: Any, put: Any = put, drop: Any = drop) -> None:
+            heard(event["object"])
+            (drop if event["type"] == "DELETED" else put)(event["object"])
+            if event["type"] is None:
+                listed()
+
+        _feed(found, resource, told)
     return found
 
 
 def _feed(
     found: kopf.OperatorRegistry,
     resource: tuple[str, str, str],
-    put: Callable[[Any], bool],
-    drop: Callable[[Any], None],
-    listed: Callable[[], None],
+    told: Callable[[Any], None],
 ) -> None:
-    async def told(event: Any, **_: Any) -> None:
+    async def handle(event: Any, **_: Any) -> None:
         try:
-            if event["type"] == "DELETED":
-                drop(event["object"])
-            else:
-                put(event["object"])
-            if event["type"] is None:
-                listed()
+            told(event)
         except Exception:
             log.exception("an event about %s could not be read", resource[2])
 
-    kopf.on.event(*resource, registry=found, id=f"{resource[2]}-told")(told)
+    kopf.on.event(*resource, registry=found, id=f"{resource[2]}-told")(handle)
 
 
 class _Nothing(kopf.DiffBaseStorage, kopf.ProgressStorage):

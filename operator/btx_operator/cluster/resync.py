@@ -1,10 +1,11 @@
 """Full lists of the three kinds, compared with the cache: at start, after every gap, now and then.
 
-A watch can die without a word, and kopf tells nothing of what vanished while it was cut. Lists that
-know more than the watch twice in a row mean that it is dead: the process ends and begins anew.
+A watch can die without a word, and kopf tells nothing of what vanished while it was cut. What a list
+tells and no watch tells afterwards means that the watch is dead: the process ends and begins anew.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 
@@ -13,6 +14,7 @@ from btx_api.names import RUN_LABEL
 from btx_operator.cluster.cache import Cache
 from btx_operator.cluster.kube import JOBS, PODS, RUNS, ApiError, Kube, Resource
 from btx_operator.cluster.meters import Meters
+from btx_operator.cluster.objects import Object, version_of
 from btx_operator.cluster.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -22,13 +24,15 @@ KINDS: dict[str, tuple[Resource, str]] = {
 }  # fmt: skip
 """Runs last: their status is then never older than the Jobs that it is read with."""
 SETTLE_SECONDS = 2.0
-"""What a list knows more than the watch counts only if the watch does not tell it in this time."""
+"""From a sign of a gap to the list, so that a burst of signs is one list."""
 SUSPECT_SECONDS = 30.0
-"""Until the next list, once one of them knew more than the watch."""
+"""Until the next list, while a watch has not told what a list has."""
+DEAD_SECONDS = 150.0
+"""After which it never will: twice the time in which kopf notices a watch without a sign of life."""
 
 
 class WatchDead(Exception):
-    """Lists keep telling what the watch does not."""
+    """A list told what no watch has told since."""
 
 
 class Resync:
@@ -37,12 +41,19 @@ class Resync:
     def __init__(self, kube: Kube, cache: Cache, settings: Settings, meters: Meters) -> None:
         self._kube, self._cache, self._settings, self._meters = kube, cache, settings, meters
         self._wanted = asyncio.Event()
+        self._unheard: dict[str, tuple[int, float]] = {}
         self.primed = False
         """All kinds were listed once: what the cache lacks is not there."""
 
     def soon(self) -> None:
         """There may have been a gap."""
         self._wanted.set()
+
+    def heard(self, item: Object) -> None:
+        """A watch told of an object."""
+        uid = item["metadata"]["uid"]
+        if uid in self._unheard and version_of(item) >= self._unheard[uid][0]:
+            del self._unheard[uid]
 
     async def prime(self) -> None:
         """The first lists; tried until they come."""
@@ -56,11 +67,12 @@ class Resync:
                 await asyncio.sleep(delay)
                 delay = min(5.0, 2 * delay)
 
-    async def all(self) -> int:
-        """Lists every kind; returns how much of it was news."""
-        return sum([await self._one(kind) for kind in KINDS])
+    async def all(self) -> None:
+        """Lists every kind."""
+        for kind in KINDS:
+            await self._one(kind)
 
-    async def _one(self, kind: str) -> int:
+    async def _one(self, kind: str) -> None:
         resource, selector = KINDS[kind]
         namespaces = self._settings.namespaces
         items, versions = [], []
@@ -68,34 +80,39 @@ class Resync:
             found, version = await self._kube.list(resource, namespace, selector)
             items += found
             versions.append(version)
-        news = self._cache.replace(kind, items, min(versions), namespaces)
+        news, removed = self._cache.replace(kind, items, min(versions), namespaces)
         self._meters["cache_listed"].labels(kind).set(time.time())
-        return news
+        if self.primed:
+            self._meters["cache_drift"].inc(len(news) + removed)
+            now = time.monotonic()
+            for uid, version in news.items():
+                since = self._unheard.get(uid, (0, now))[1]
+                self._unheard[uid] = (version, since)
 
     async def keep_listing(self) -> None:
         """For ever; raises WatchDead."""
-        suspicion = 0
         while True:
-            wait = SUSPECT_SECONDS if suspicion else self._settings.resync_seconds
-            gap = await self._gap(wait)
+            await self._gap(SUSPECT_SECONDS if self._unheard else self._settings.resync_seconds)
+            self._judge()
+            await asyncio.sleep(SETTLE_SECONDS)
             try:
-                # A list is ahead of the watch by a moment: only what stays unknown is news.
-                await asyncio.sleep(SETTLE_SECONDS)
-                news = await self.all()
+                await self.all()
             except ApiError as error:
                 log.warning("cannot list: %s", error)
-                continue
-            self._meters["cache_drift"].inc(news)
-            suspicion = suspicion + 1 if news and not gap else 0
-            if suspicion > 1:
-                raise WatchDead(f"{news} objects were news to the watch, and before as well")
 
-    async def _gap(self, seconds: float) -> bool:
-        """Waits; whether somebody asked for a list meanwhile."""
-        try:
+    def _judge(self) -> None:
+        # What is gone by now no watch will tell of in that version.
+        there = self._cache.uids()
+        self._unheard = {uid: since for uid, since in self._unheard.items() if uid in there}
+        waited = [time.monotonic() - since for _, since in self._unheard.values()]
+        if waited and max(waited) > DEAD_SECONDS:
+            raise WatchDead(
+                f"{len(waited)} objects are known from lists only, for {max(waited):.0f} s"
+            )
+
+    async def _gap(self, seconds: float) -> None:
+        """Waits so long, or until somebody asks for a list."""
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wanted.wait()
-        except TimeoutError:
-            return False
         self._wanted.clear()
-        return True
