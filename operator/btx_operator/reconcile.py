@@ -31,7 +31,7 @@ class Backend(Protocol):
         """Asks an attempt to end (SIGTERM, then its grace period); does not wait for it."""
 
     async def start(self, run: str, start: Start) -> None:
-        """Creates an attempt; does nothing if the same one exists."""
+        """Creates an attempt; does nothing if the same one exists. May raise Conflict."""
 
     async def emit(self, run: str, events: Sequence[Event]) -> None:
         """Tells people."""
@@ -56,6 +56,8 @@ async def reconcile(backend: Backend, run: str, clock: Callable[[], float]) -> f
     # Side by side, each to its end: one that fails takes none of the others along.
     starts = (backend.start(run, start) for start in decision.starts)
     for result in await asyncio.gather(*starts, return_exceptions=True):
+        if isinstance(result, Conflict):
+            return 0.0
         if isinstance(result, BaseException):
             raise result
     if decision.events:

@@ -1,7 +1,7 @@
 """Full lists of the three kinds, compared with the cache: at start, after every gap, now and then.
 
-A watch can die without a word, and kopf tells nothing of what vanished while it was cut. What a list
-tells and no watch tells afterwards means that the watch is dead: the process ends and begins anew.
+A watch can die without a word, and kopf tells nothing of what vanished while it was cut. If a list
+tells what no watch tells afterwards, the watch is dead: the process ends and begins anew.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ SETTLE_SECONDS = 2.0
 SUSPECT_SECONDS = 30.0
 """Until the next list, while a watch has not told what a list has."""
 DEAD_SECONDS = 150.0
-"""After which it never will: twice the time in which kopf notices a watch without a sign of life."""
+"""After which it never will: kopf notices a watch without a sign of life in half of it."""
 
 
 class WatchDead(Exception):
