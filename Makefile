@@ -58,7 +58,7 @@ generate: setup  ## Writes the CRD from btx_api, and what the chart has of it, o
 	$(BIN)/python -m btx_operator.cluster.chart_schema charts/btx-operator crds
 	$(BIN)/python charts/write_readme.py charts/btx-operator
 
-bench: bench-mix bench-prepare bench-s3 bench-train  ## Every bench, and docs/performance.md
+bench: bench-mix bench-prepare bench-s3 bench-train bench-operator  ## Every bench, and docs/performance.md
 	$(BIN)/python benches/write_docs.py
 
 bench-%: setup build/peers/.ready
