@@ -4,7 +4,7 @@ decide.py calls `record` with what it sees and `step` to learn what the stage ma
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ BACKOFF_LIMIT = 600
 """Seconds; the longest wait between two attempts."""
 REPAIRS = 2
 """Times that a corrupt artifact is made again; the next time its stage fails."""
+VANISHED = "vanished without a result"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def record(row: Row, attempt: Attempt | None, policy: Policy, now: float) -> Row
         return _over(row, State.PENDING)
     if attempt is None and not row.handle:
         return row
-    return _lost(row, "vanished without a result", policy, now)
+    return _lost(row, VANISHED, policy, now)
 
 
 def begin(row: Row) -> Row:
@@ -185,6 +186,15 @@ def words(code: int, result: Result) -> str:
     problem = result.problem
     said = "" if problem is None else f": {problem.field}: {problem.message}"
     return f"exit {code}" + said.replace(": : ", ": ")
+
+
+def last_words(seen: Iterable[Attempt]) -> dict[tuple[str, int], str]:
+    """By stage and number, why each attempt ended that did not end well."""
+    return {
+        (attempt.stage, attempt.number): words(attempt.exit, attempt.result or Result())
+        for attempt in seen
+        if attempt.exit
+    }
 
 
 def _live(row: Row, attempt: Attempt, policy: Policy, now: float) -> Row:

@@ -4,7 +4,7 @@ decide.py calls `conclude` once it knows what is the case, then `events` with be
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from btx_api.status import (
     brief,
 )
 
-from btx_operator.attempts import scheduling_of
+from btx_operator.attempts import VANISHED, scheduling_of
 from btx_operator.observed import Event
 
 MESSAGE_LENGTH = 200
@@ -143,8 +143,13 @@ def _experts(status: Status) -> str:
     return f"{states.count(State.COMPLETE)}/{len(states)}" if states else ""
 
 
-def events(before: Status, after: Status) -> Iterator[Event]:
-    """What changed, for a person; nothing when nothing did."""
+def events(
+    before: Status, after: Status, words: Mapping[tuple[str, int], str]
+) -> Iterator[Event]:
+    """What changed, for a person; nothing when nothing did.
+
+    `words`: by stage and number, what an ended attempt said, in full: a row has little room.
+    """
     rows = {row.name: row for row in (*before.stages, *_errand(before))}
     reused = []
     for row in (*_errand(after), *after.stages):
@@ -153,7 +158,7 @@ def events(before: Status, after: Status) -> Iterator[Event]:
             reused.append(row.name)
         # Preflight that found problems has not failed: Accepted=False tells of them.
         elif row != old and not (row.name == PREFLIGHT and after.problems):
-            yield from _told(row, old)
+            yield from _told(row, old, words.get((row.name, old.attempt), row.message))
     if reused:
         message = brief(f"{len(reused)} complete already: {', '.join(reused)}", MESSAGE_LENGTH)
         yield Event(reason=EventReason.STAGES_REUSED, message=message)
@@ -174,14 +179,14 @@ def _errand(status: Status) -> tuple[Row, ...]:
     return () if status.preflight is None else (status.preflight,)
 
 
-def _told(row: Row, old: Row) -> Iterator[Event]:
-    """Events about one row that is not as it was."""
+def _told(row: Row, old: Row, words: str) -> Iterator[Event]:
+    """Events about one row that is not as it was; `words`: why its attempt ended."""
     which = f"{row.name}: attempt {old.attempt}"
     again = ", given up" if row.state is State.FAILED else ", to be tried again"
     troubles = (
-        (row.failures > old.failures, EventReason.ATTEMPT_FAILED, f"{row.message}{again}"),
+        (row.failures > old.failures, EventReason.ATTEMPT_FAILED, f"{words}{again}"),
         (row.preemptions > old.preemptions, EventReason.ATTEMPT_PREEMPTED, "preempted"),
-        (row.lost > old.lost, EventReason.ATTEMPT_LOST, row.message),
+        (row.lost > old.lost, EventReason.ATTEMPT_LOST, words or VANISHED),
     )
     for happened, reason, message in troubles:
         if happened:
@@ -211,7 +216,7 @@ def _told(row: Row, old: Row) -> Iterator[Event]:
         State.STARTING: (EventReason.ATTEMPT_STARTED, f"{row.name}: attempt {row.attempt}"),
         State.STOPPING: (EventReason.ATTEMPT_STOPPED, f"{row.name}: attempt {row.attempt}"),
         State.COMPLETE: (EventReason.STAGE_COMPLETE, row.name),
-        State.FAILED: (EventReason.STAGE_FAILED, f"{row.name}: {row.message}"),
+        State.FAILED: (EventReason.STAGE_FAILED, f"{row.name}: {words}"),
         State.LATE: (EventReason.EXPERT_LATE, row.name),
     }
     if row.state in changes:
