@@ -3,9 +3,9 @@
 Both move the same files between a local folder (page cache warm) and a bucket on loopback. Ours is
 what every stage does: `Store.sink` for each file that it writes, `Store.download` for those that it
 needs, with a CRC32C of every byte, ours and the server's; s5cmd is told nothing but the number of
-parts in flight and their size. Each is a process of its own; ours is timed from behind its imports,
-which a stage makes once. The server runs on the same cores and takes most of them: the CPU seconds
-are the client's alone, per GiB.
+parts in flight and their size. Each is a process of its own; ours is timed from behind its imports
+and the making of its client, which a stage does once. The server runs on the same cores and takes
+most of them: the CPU seconds are the client's alone, per GiB.
 """
 
 import filecmp
@@ -31,9 +31,9 @@ from btx_api.spec import Storage
 from btx_trainer.artifacts import side_by_side
 from btx_trainer.storage import open_store, READ_BYTES
 way, folder, endpoint, *names = sys.argv[1:]
-wall, cpu = time.perf_counter(), time.process_time()
 uri = "s3://btx/ours"
 store = open_store(Storage(uri=uri, endpoint=endpoint, region="us-east-1", path_style=True))
+wall, cpu = time.perf_counter(), time.process_time()
 if way == "up":
     buffer = memoryview(bytearray(READ_BYTES))
     for name in names:
