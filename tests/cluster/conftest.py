@@ -1,4 +1,4 @@
-"""One control plane and one hollow node for the folder's tests; a namespace for each test."""
+"""One control plane and one hollow node for each module of tests; a namespace for each test."""
 
 import os
 import uuid
@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 from cluster.control_plane import Cluster, control_plane
 from cluster.hollow_node import hollow_node
+from cluster.operator_process import Operator, operator
+from cluster.space import Space, install
 from kubernetes import client
+from s3_server import free_ports
 
 BUILD = Path(__file__).parent.parent.parent / "build/cluster"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The mark of test_features.py."""
+    config.addinivalue_line("markers", "shows(behaviour, ...): rows of test_features.py")
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +52,34 @@ def namespace(cluster: Cluster, api: client.ApiClient) -> str:
         lambda: bool(core.list_namespaced_service_account(name).items),
     )
     return name
+
+
+@pytest.fixture(scope="module")
+def crd(cluster: Cluster) -> None:
+    """BTXRuns are served."""
+    install(cluster)
+
+
+@pytest.fixture(scope="module")
+def trainer_port() -> int:
+    """Where the operator asks trainers for their progress."""
+    return free_ports(1)[0]
+
+
+@pytest.fixture(scope="module")
+def engine(cluster: Cluster, hollow: str, crd: None, trainer_port: int) -> Iterator[Operator]:
+    """An operator of the whole cluster."""
+    settings = {
+        "serviceAccounts": ["default", "gpu"], "imagePullSecrets": ["pull"],
+        "trainerPort": trainer_port,
+    }  # fmt: skip
+    with operator(cluster, **settings) as started:
+        yield started
+
+
+@pytest.fixture
+def space(cluster: Cluster, api: client.ApiClient, hollow: str, crd: None) -> Iterator[Space]:
+    """A namespace with a user, a storage, and pods that follow their scripts."""
+    made = Space(cluster, api, f"test-{uuid.uuid4().hex[:8]}")
+    yield made
+    made.close()

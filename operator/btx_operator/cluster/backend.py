@@ -81,7 +81,9 @@ class ClusterBackend:
             if spec is None:
                 return ""
             image = spec.execution.image or (run.status.release or self.release).image
-            return execution_hash(image, block_of(spec, stage))
+            row = run.status.row(stage)
+            check = row is not None and row.check
+            return execution_hash(image, spec, block_of(spec, stage, check=check))
 
         for record in self.cache.records_of(run.uid):
             progress = self.book.latest.get(record.uid)

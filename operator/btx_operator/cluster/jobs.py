@@ -60,20 +60,27 @@ class JobError(Exception):
         self.field, self.message = field, message
 
 
-def block_of(spec: BTXRunSpec, name: str) -> Scheduling:
-    """How a stage's pods run; preflight's are those of prepare, on one node without GPUs."""
+def block_of(spec: BTXRunSpec, name: str, *, check: bool = False) -> Scheduling:
+    """How a stage's pods run; preflight's are those of prepare, on one node without GPUs.
+
+    `check`: of the attempt that only looks for a Result, which needs no more.
+    """
+    plain = {"gpus": 0, "nodes": 1, "processes": None}
     if name == PREFLIGHT:
-        update = {"gpus": 0, "nodes": 1, "processes": None}
-        return spec.execution.prepare.model_copy(update=update)
+        return spec.execution.prepare.model_copy(update=plain)
     scheduling = scheduling_of(spec, name)
+    if check:
+        return scheduling.model_copy(update=plain)
     ranked = name.partition("-")[0] in RANKED
     return scheduling if ranked else scheduling.model_copy(update={"nodes": 1})
 
 
-def execution_hash(image: str, scheduling: Scheduling) -> str:
+def execution_hash(image: str, spec: BTXRunSpec, scheduling: Scheduling) -> str:
     """Of what an edit may change for the next attempt."""
-    plain = json.dumps(scheduling.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
-    return hashlib.sha256(f"{image}\0{plain}".encode()).hexdigest()[:8]
+    parts = (scheduling, spec.storage, spec.seed)
+    plain = [part.model_dump(mode="json", exclude_defaults=True) for part in parts]
+    text = json.dumps([image, *plain], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ class Order:
     @property
     def scheduling(self) -> Scheduling:
         """How its pods run."""
-        return block_of(self.spec, self.start.name)
+        return block_of(self.spec, self.start.name, check=self.start.task.execution.must_exist)
 
     @property
     def path(self) -> str:
@@ -162,7 +169,7 @@ def job(order: Order) -> Object:
     labels = labels_of(order.key[1], order.uid, start.name)
     notes = {ATTEMPT_ANNOTATION: str(start.attempt), DIGEST_ANNOTATION: start.digest}
     queue = {QUEUE_LABEL: scheduling.queue_name} if scheduling.queue_name else {}
-    execution = execution_hash(start.task.execution.image, scheduling)
+    execution = execution_hash(start.task.execution.image, order.spec, scheduling)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
