@@ -1,0 +1,333 @@
+"""What happens to pods of a real node, with the real trainer: condition, event, attempts of each.
+
+The inputs are prepared once; every test has a namespace and a run of its own, in which one expert is
+trained on another random seed.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster.images import ROOT
+from cluster.installation import SECRET, Installation, condition
+from kubernetes import client
+from workspace import Workspace
+
+SEEDS = itertools.count(100)
+LONG = 409_600
+"""Tokens of an expert that trains for about a minute: 200 steps."""
+TRAIN = "train-code"
+
+
+class Case:
+    """One namespace with one run of one trained expert."""
+
+    def __init__(self, installed: Installation, *, tokens: int = 32_768) -> None:
+        self.installed, self.namespace = installed, installed.namespace()
+        text = (ROOT / "examples/quickstart-cluster.yaml").read_text()
+        self.body: dict[str, Any] = yaml.safe_load(text)
+        self.body["metadata"]["name"] = "case"
+        spec = self.spec = self.body["spec"]
+        spec["storage"]["uri"] = "s3://btx/accidents"
+        spec["experts"] = spec["experts"][:1]
+        spec["experts"][0]["tokens"] = tokens
+        spec["train"]["randomSeed"] = next(SEEDS)
+        spec["finetune"] |= {"data": [{"tokens": 4096, "domains": {"code": 1}}]}
+        spec["policy"] = {"maxRetries": 1, "backoffSeconds": 1}
+        spec["execution"]["train"]["checkpointSeconds"] = 5
+        del spec["general"]
+
+    def apply(self) -> None:
+        """Creates the run, or changes it to what `spec` says now."""
+        self.installed.apply(self.namespace, self.body)
+
+    def until(self, wanted: Any, seconds: int = 300) -> dict[str, Any]:
+        """The run as soon as it is as wanted."""
+        return self.installed.until(self.namespace, "case", wanted, seconds)
+
+    def trained(self, seconds: int = 600) -> dict[str, Any]:
+        """The row of the expert when it has ended, well or not."""
+        item = self.until(lambda i: row(i).get("state") in ("Complete", "Failed"), seconds)
+        return row(item)
+
+    def training(self, step: int = 8) -> dict[str, Any]:
+        """The expert's pod once it has done some steps."""
+        self.until(lambda i: row(i).get("state") == "Running")
+        deadline = time.monotonic() + 120
+        while True:
+            pod = self.pods(TRAIN)[-1]
+            log = self.kubectl("logs", pod["metadata"]["name"])
+            steps = [int(n) for n in re.findall(r"training step (\d+)/", log)]
+            if steps and steps[-1] >= step:
+                return pod
+            assert time.monotonic() < deadline, self.installed.story(self.namespace)
+            time.sleep(0.5)
+
+    def pods(self, stage: str) -> list[dict[str, Any]]:
+        """Of a stage, oldest first."""
+        text = self.kubectl("get", "pods", f"-lbtx.dev/stage={stage}", "-o", "json")
+        found: list[dict[str, Any]] = json.loads(text)["items"]
+        return sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+
+    def jobs(self, stage: str) -> list[str]:
+        """Names of a stage's Jobs."""
+        return self.kubectl("get", "jobs", f"-lbtx.dev/stage={stage}", "-o", "name").split()
+
+    def events(self, reason: str) -> list[str]:
+        """Messages of the run's events with a reason; they are posted a moment later."""
+        time.sleep(3)
+        items = json.loads(self.kubectl("get", "events", "-o", "json"))["items"]
+        return [e["message"] for e in items if e["reason"] == reason]
+
+    def kubectl(self, *words: str) -> str:
+        """In the namespace."""
+        return self.installed.kubectl(*words, f"--namespace={self.namespace}")
+
+
+def row(item: dict[str, Any], stage: str = TRAIN) -> dict[str, Any]:
+    """A row of a run's status; empty before there is one."""
+    rows = item.get("status", {}).get("stages", ())
+    return next((dict(r) for r in rows if r["name"] == stage), {})
+
+
+def counts(found: dict[str, Any]) -> tuple[Any, ...]:
+    """State, attempts, failures, preemptions, lost."""
+    numbers = (found.get(key, 0) for key in ("attempt", "failures", "preemptions", "lost"))
+    return (found["state"], *numbers)
+
+
+def processes(pod: dict[str, Any]) -> list[int]:
+    """Ids on this machine of a pod's Python processes, the trainer first."""
+    uid, found = pod["metadata"]["uid"], []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            mine = uid in (process / "cgroup").read_text()
+            if mine and b"btx_trainer" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return sorted(found)
+
+
+@pytest.fixture
+def case(installed: Installation, inputs: Workspace) -> Iterator[Case]:
+    """A run that is not applied yet; gone at the end, so that it takes no more of the machine."""
+    made = Case(installed)
+    yield made
+    installed.kubectl("delete", "namespace", made.namespace, "--wait=false")
+
+
+@pytest.fixture
+def long_case(installed: Installation, inputs: Workspace) -> Iterator[Case]:
+    """One that trains for about a minute."""
+    made = Case(installed, tokens=LONG)
+    yield made
+    installed.kubectl("delete", "namespace", made.namespace, "--wait=false")
+
+
+def test_an_evicted_pod_goes_on_within_its_attempt(long_case: Case) -> None:
+    """The API's eviction, as a drain or an autoscaler asks for it: a checkpoint, a new pod."""
+    case = long_case
+    case.apply()
+    pod = case.training()
+    core = client.CoreV1Api(case.installed.node.cluster.client())
+    name = pod["metadata"]["name"]
+    body = {"metadata": {"name": name, "namespace": case.namespace}}
+    core.create_namespaced_pod_eviction(name, case.namespace, body)
+    found = case.trained()
+
+    assert counts(found) == ("Complete", 1, 0, 1, 0)
+    assert len(case.jobs(TRAIN)) == 1
+    assert case.events("AttemptPreempted") == [f"{TRAIN}: attempt 1: preempted"]
+    assert resumed(case) >= 8
+
+
+def resumed(case: Case) -> int:
+    """The step of the checkpoint from which the expert's last pod began."""
+    states = case.pods(TRAIN)[-1]["status"]["containerStatuses"][0]["state"]
+    return int(json.loads(states["terminated"]["message"]).get("resumedStep", 0))
+
+
+def last_pod(case: Case) -> str:
+    """Name of the newest pod of the expert."""
+    return str(case.pods(TRAIN)[-1]["metadata"]["name"])
+
+
+def test_a_drained_node(long_case: Case) -> None:
+    """Operator and trainer are evicted alike; both come back with the node, nothing ran twice."""
+    case = long_case
+    case.apply()
+    case.training()
+    node = case.installed.node.name
+    case.installed.kubectl(
+        "drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=120s"
+    )
+    case.installed.kubectl("uncordon", node)
+    found = case.trained()
+
+    assert (found["state"], found["attempt"], found.get("failures", 0)) == ("Complete", 1, 0)
+    assert len(case.jobs(TRAIN)) == 1
+
+
+def test_a_node_that_does_not_answer(long_case: Case) -> None:
+    """Its pods are tainted away, cannot be killed, and go on when the node is back."""
+    case, cluster = long_case, long_case.installed.node.cluster
+    case.spec["execution"]["train"]["tolerations"] = [
+        {"key": f"node.kubernetes.io/{key}", "operator": "Exists", "effect": "NoExecute",
+         "tolerationSeconds": 2}
+        for key in ("not-ready", "unreachable")
+    ]  # fmt: skip
+    case.spec["execution"]["train"]["terminationGracePeriodSeconds"] = 60
+    case.apply()
+    case.training()
+    cluster.stop("kubelet")
+    try:
+        deadline = time.monotonic() + 120
+        while not any(p["metadata"].get("deletionTimestamp") for p in case.pods(TRAIN)):
+            assert time.monotonic() < deadline, case.kubectl("get", "pods", "-o", "wide")
+            time.sleep(1)
+    finally:
+        cluster.start("kubelet")
+    found = case.trained()
+
+    assert (found["state"], found["attempt"], found.get("failures", 0)) == ("Complete", 1, 0)
+    assert found["preemptions"] == 1
+
+
+def test_out_of_memory(case: Case) -> None:
+    """A failure with a name, the field to mend, and as many attempts as the policy allows."""
+    case.spec["execution"]["train"]["resources"] = {"limits": {"memory": "96Mi"}}
+    case.apply()
+    found = case.trained()
+    item = case.until(lambda i: condition(i, "Succeeded").get("status") == "False")
+
+    assert counts(found) == ("Failed", 2, 2, 0, 0)
+    assert found["exit"] == 137 and "OOMKilled" in found["message"]
+    assert condition(item, "Succeeded")["reason"] == "ExpertFailed"
+    failed = case.events("AttemptFailed")
+    assert len(failed) == 2
+    assert all("spec.execution.train.resources.limits.memory" in text for text in failed)
+
+
+def test_a_wrong_image(case: Case) -> None:
+    """Said within a minute with its field; the right one heals the run under its name."""
+    case.spec["execution"]["image"] = "localhost/none:1"
+    begun = time.monotonic()
+    case.apply()
+    item = case.until(
+        lambda i: "spec.execution.image" in condition(i, "Accepted").get("message", "")
+    )
+    print(f"told after {time.monotonic() - begun:.0f} s")
+    assert condition(item, "Accepted")["status"] == "Unknown"
+    assert condition(item, "Running")["reason"] == "Blocked"
+    assert time.monotonic() - begun < 3 * 60
+    del case.spec["execution"]["image"]
+    case.apply()
+    found = case.trained()
+
+    assert counts(found) == ("Complete", 1, 0, 0, 0)
+    assert any("spec.execution.image" in text for text in case.events("AttemptBlocked"))
+
+
+def test_a_missing_secret(case: Case) -> None:
+    """Said within a minute with its field; making it heals the run, without a word to the run."""
+    case.spec["storage"]["credentialsSecretRef"] = {"name": "later"}
+    begun = time.monotonic()
+    case.apply()
+    field = "spec.storage.credentialsSecretRef.name"
+    case.until(lambda i: field in condition(i, "Accepted").get("message", ""))
+    print(f"told after {time.monotonic() - begun:.0f} s")
+    assert time.monotonic() - begun < 3 * 60
+    data = json.loads(case.kubectl("get", "secret", SECRET, "-o", "json"))["data"]
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "later"}, "data": data}
+    case.installed.apply(case.namespace, secret)
+    item = case.until(lambda i: condition(i, "Accepted").get("status") == "True", 300)
+
+    assert item["status"]["preflight"]["attempt"] == 1
+
+
+def test_a_grace_period_that_is_too_short(long_case: Case) -> None:
+    """Killed before its checkpoint: preempted all the same, and resumed from the one before."""
+    case = long_case
+    case.spec["execution"]["train"]["terminationGracePeriodSeconds"] = 5
+    case.apply()
+    pod = case.training(step=24)
+    for process in processes(pod):
+        os.kill(process, signal.SIGSTOP)  # as a checkpoint that takes too long
+    core = client.CoreV1Api(case.installed.node.cluster.client())
+    name = pod["metadata"]["name"]
+    body = {"metadata": {"name": name, "namespace": case.namespace}}
+    core.create_namespaced_pod_eviction(name, case.namespace, body)
+    found = case.trained()
+
+    assert counts(found) == ("Complete", 1, 0, 1, 0)
+    assert resumed(case) > 0
+
+
+def test_a_termination_message_that_is_too_long(case: Case) -> None:
+    """Whatever was written there before: the Result is read, or found again in storage."""
+    case.apply()
+    pod = case.training(step=1)
+    fill = "open('/dev/termination-log', 'w').write('x' * 8192)"
+    case.kubectl("exec", pod["metadata"]["name"], "--", "python", "-c", fill)
+    found = case.trained()
+
+    assert found["state"] == "Complete" and found.get("failures", 0) == 0
+    assert "gain" in found and found["token"]
+
+
+def test_a_pod_that_somebody_deleted(long_case: Case) -> None:
+    """Politely: its checkpoint is written and the Job makes another. By force: the next attempt."""
+    case = long_case
+    case.apply()
+    pod = case.training()
+    case.kubectl("delete", "pod", pod["metadata"]["name"])
+    case.until(lambda i: row(i).get("preemptions") == 1)
+    case.training()
+    case.kubectl("delete", "pod", last_pod(case), "--force", "--grace-period=0")
+    found = case.trained()
+
+    assert (found["state"], found["attempt"], found.get("failures", 0)) == ("Complete", 2, 0)
+    assert (found["preemptions"], found["lost"]) == (1, 1)
+    assert len(case.events("AttemptLost")) == 1
+
+
+def test_an_upgrade_between_train_and_mix(case: Case) -> None:
+    """Another operator takes over a run whose experts are trained: none is trained again."""
+    case.apply()
+    case.trained()
+    case.installed.install(case.installed.images, podAnnotations={"upgrade": case.namespace})
+    item = case.installed.ended(case.namespace, "case")
+
+    assert condition(item, "Succeeded")["status"] == "True", case.installed.story(case.namespace)
+    attempts = {r["name"]: r["attempt"] for r in item["status"]["stages"]}
+    assert {name: n for name, n in attempts.items() if n > 1} == {}
+    assert len(case.jobs(TRAIN)) == 1
+
+
+def test_an_expert_on_two_nodes_loses_one_rank(long_case: Case) -> None:
+    """One rank is killed: both stop, both begin again, and the run goes on from a checkpoint."""
+    case = long_case
+    case.spec["execution"]["train"] |= {"nodes": 2}
+    case.apply()
+    case.training()
+    pods = case.pods(TRAIN)
+    assert len(pods) == 2
+    second = next(
+        p
+        for p in pods
+        if p["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] == "1"
+    )
+    os.kill(processes(second)[0], signal.SIGKILL)
+    found = case.trained()
+
+    assert (found["state"], found["attempt"], found.get("failures", 0)) == ("Complete", 2, 1)
+    assert len(case.pods(TRAIN)) == 4
+    assert len(case.events("AttemptFailed")) == 1
