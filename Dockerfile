@@ -24,8 +24,9 @@ COPY pyproject.toml constraints.txt /pins/
 WORKDIR /pins
 RUN python3 -m venv /tools \
  && /tools/bin/pip install --quiet --no-cache-dir ${SSL_CERT_FILE:+--cert "$SSL_CERT_FILE"} \
-      --constraint constraints.txt uv
-RUN list() { /tools/bin/uv pip compile --quiet --no-cache --no-header --no-annotate \
+      --constraint constraints.txt uv \
+ && install -D /tools/bin/uv /uv/uv
+RUN list() { /uv/uv pip compile --quiet --no-cache --no-header --no-annotate \
       --constraint constraints.txt "$@"; } \
  && echo torch | list --output-file torch.txt - \
  && list --extra trainer --output-file trainer.txt pyproject.toml \
@@ -38,25 +39,26 @@ RUN list() { /tools/bin/uv pip compile --quiet --no-cache --no-header --no-annot
 FROM base AS operator
 ARG SSL_CERT_FILE
 COPY --from=pins /pins/operator.txt /opt/btx/
-RUN --mount=type=bind,from=pins,source=/tools,target=/mnt \
-    PYC_INVALIDATION_MODE=UNCHECKED_HASH /mnt/bin/uv pip install --quiet --no-cache --no-deps \
+RUN --mount=type=bind,from=pins,source=/uv,target=/mnt \
+    PYC_INVALIDATION_MODE=UNCHECKED_HASH /mnt/uv pip install --quiet --no-cache --no-deps \
       --python /opt/btx/bin/python --compile-bytecode --requirement /opt/btx/operator.txt
 COPY --from=pins /pins/METADATA /opt/btx/app/btx.dist-info/
 COPY crds/btx_api /opt/btx/app/btx_api
 COPY operator/btx_operator /opt/btx/app/btx_operator
 RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/btx/app
+LABEL org.opencontainers.image.title="BTX operator" org.opencontainers.image.licenses="Apache-2.0"
 USER 65532:65532
 ENTRYPOINT ["python", "-m", "btx_operator.cluster"]
 
 FROM base AS trainer
 ARG SSL_CERT_FILE
 COPY --from=pins /pins/torch.txt /opt/btx/
-RUN --mount=type=bind,from=pins,source=/tools,target=/mnt \
-    PYC_INVALIDATION_MODE=UNCHECKED_HASH /mnt/bin/uv pip install --quiet --no-cache --no-deps \
+RUN --mount=type=bind,from=pins,source=/uv,target=/mnt \
+    PYC_INVALIDATION_MODE=UNCHECKED_HASH /mnt/uv pip install --quiet --no-cache --no-deps \
       --python /opt/btx/bin/python --compile-bytecode --requirement /opt/btx/torch.txt
 COPY --from=pins /pins/trainer.txt /opt/btx/
-RUN --mount=type=bind,from=pins,source=/tools,target=/mnt \
-    PYC_INVALIDATION_MODE=UNCHECKED_HASH /mnt/bin/uv pip install --quiet --no-cache --no-deps \
+RUN --mount=type=bind,from=pins,source=/uv,target=/mnt \
+    PYC_INVALIDATION_MODE=UNCHECKED_HASH /mnt/uv pip install --quiet --no-cache --no-deps \
       --python /opt/btx/bin/python --compile-bytecode --requirement /opt/btx/trainer.txt
 ENV HOME=/scratch TMPDIR=/scratch HF_HOME=/scratch/huggingface MPLCONFIGDIR=/scratch/matplotlib \
     TRITON_CACHE_DIR=/scratch/triton TORCHINDUCTOR_CACHE_DIR=/scratch/inductor
@@ -64,6 +66,7 @@ COPY --from=pins /pins/METADATA /opt/btx/app/btx.dist-info/
 COPY crds/btx_api /opt/btx/app/btx_api
 COPY trainer_image/btx_trainer /opt/btx/app/btx_trainer
 RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/btx/app
+LABEL org.opencontainers.image.title="BTX trainer" org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /scratch
 USER 65532:65532
 ENTRYPOINT ["python", "-m", "btx_trainer"]

@@ -22,7 +22,7 @@ from cluster.control_plane import Cluster, control_plane, ready
 from kubernetes import client
 
 PAUSE, PROBE = "localhost/pause:1", "localhost/probe:1"
-KEPT = 4
+KEPT = 3
 """Images of one repository that containerd keeps from run to run."""
 
 
