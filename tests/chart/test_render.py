@@ -190,7 +190,7 @@ def test_the_rights_are_those_of_the_code() -> None:
     # remote.py is `btx` on a user's machine, with the user's rights.
     for path in sorted(set(folder.glob("*.py")) - {folder / "remote.py", folder / "check.py"}):
         text = path.read_text()
-        for verb, resource in re.findall(r"\bkube\.(\w+)\(\s*([A-Z]\w+)", text):
+        for verb, resource in re.findall(r"\b_?kube\.(\w+)\(\s*([A-Z]\w+)", text):
             name = getattr(kube, resource).plural
             found.add((f"{name}/status", "update") if verb == "replace_status" else (name, verb))
         if "kube.log(" in text:

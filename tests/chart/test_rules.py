@@ -1,6 +1,5 @@
 """Rules and dashboards: names agree with btx_api.metrics, every alert fires and stays silent."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ import yaml
 from btx_api import names
 from btx_api.metrics import ENGINE, TRAINER, Metric, MetricType, Outcome
 from btx_api.status import Reason, State
+from btx_operator.cluster.jobs import labels_of
 from btx_operator.cluster.run_metrics import STATES
-from chart.tools import EVERYTHING, ROOT, one, promtool, render
+from chart.tools import EVERYTHING, ROOT, dashboards, one, panels, promtool, render
 
 METRICS = {metric.name: metric for metric in (*TRAINER.values(), *ENGINE.values())}
 TARGET_LABELS = {"namespace", "run", "stage", "expert", "pod", "instance", "job"}
@@ -28,17 +28,6 @@ def groups() -> list[dict[str, Any]]:
 RULES = [rule for group in groups() for rule in group["rules"]]
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 RECORDS = {rule["record"]: rule["expr"] for rule in RULES if "record" in rule}
-
-
-def dashboards() -> dict[str, dict[str, Any]]:
-    """By file name, as Grafana reads them."""
-    maps = [o for o in render(EVERYTHING) if o["kind"] == "ConfigMap"]
-    return {name: json.loads(text) for item in maps for name, text in item["data"].items()}
-
-
-def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
-    """Without the rows' titles."""
-    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
 def queries() -> Iterator[tuple[str, str]]:
@@ -122,7 +111,11 @@ def test_label_values_are_those_of_the_engine() -> None:
 
 def test_the_pods_labels_become_the_trainers() -> None:
     """PodMonitor: run, stage and expert from the labels that the operator sets; one pod of many."""
-    (endpoint,) = one(render(EVERYTHING), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    spec = one(render(EVERYTHING), "PodMonitor")["spec"]
+    (endpoint,) = spec["podMetricsEndpoints"]
+    labels = labels_of("r", "uid", "train-code")
+    assert spec["selector"]["matchLabels"].items() <= labels.items()
+    assert {names.RUN_LABEL, names.STAGE_LABEL, names.EXPERT_LABEL} <= labels.keys()
     rules = {rule.get("targetLabel", rule.get("action")): rule for rule in endpoint["relabelings"]}
     prefix = "__meta_kubernetes_pod_label_"
 

@@ -83,11 +83,15 @@ def settings(objects: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return dict(json.loads(variable["value"]))
 
 
-def nested(path: str, value: Any) -> dict[str, Any]:
-    """`a.b`, 1 -> {a: {b: 1}}."""
-    for key in reversed(path.split(".")):
-        value = {key: value}
-    return dict(value)
+def dashboards() -> dict[str, dict[str, Any]]:
+    """By file name, as Grafana reads them."""
+    maps = [o for o in render(EVERYTHING) if o["kind"] == "ConfigMap"]
+    return {name: json.loads(text) for item in maps for name, text in item["data"].items()}
+
+
+def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
+    """Without the rows' titles."""
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
