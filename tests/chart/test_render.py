@@ -140,6 +140,18 @@ def test_every_object_is_named_and_labelled() -> None:
         assert ("namespace" in meta) == (item["kind"] not in cluster_wide), where
 
 
+@pytest.mark.parametrize(
+    ("release", "name"),
+    [("btx", "btx-operator"), ("team", "team-btx-operator"), ("my-btx-operator", "my-btx-operator"),
+     ("b", "b-btx-operator")],
+)  # fmt: skip
+def test_objects_are_named_by_release_and_chart(release: str, name: str) -> None:
+    """Neither is said twice."""
+    done = helm("template", release, CHART, "--show-only=templates/service.yaml")
+
+    assert yaml.safe_load(done.stdout)["metadata"]["name"] == name
+
+
 def test_long_names_still_fit() -> None:
     """53 characters is the longest release name that Helm takes."""
     done = helm("template", "r" * 53, CHART, *(f"--set={v}" for v in (

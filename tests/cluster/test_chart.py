@@ -198,7 +198,7 @@ def test_the_operators_account_may_do_its_work(admin: Admin, well: str, where: s
     """`helm test`'s program finds every right, and nothing beside them is allowed."""
     named = {"namespaces": [admin.namespace]} if where == "namespaced" else {}
     admin.helm("install", RELEASE, CHART, *values(**named))
-    account = account_kubeconfig(admin, "btx-btx-operator")
+    account = account_kubeconfig(admin, "btx-operator")
 
     assert checked(admin, account, well) == (
         0,
@@ -206,7 +206,7 @@ def test_the_operators_account_may_do_its_work(admin: Admin, well: str, where: s
     )
 
     review = client.AuthorizationV1Api(admin.api)
-    user = f"system:serviceaccount:{admin.namespace}:btx-btx-operator"
+    user = f"system:serviceaccount:{admin.namespace}:btx-operator"
 
     def allowed(namespace: str, verb: str, group: str, resource: str) -> bool:
         attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": resource}
@@ -224,9 +224,9 @@ def test_the_operators_account_may_do_its_work(admin: Admin, well: str, where: s
 def test_each_missing_right_is_named(admin: Admin, well: str) -> None:
     """The check fails, and says which verb on what; the others are not complained of."""
     admin.helm("install", RELEASE, CHART, *values(namespaces=[admin.namespace]))
-    account = account_kubeconfig(admin, "btx-btx-operator")
+    account = account_kubeconfig(admin, "btx-operator")
     rbac = client.RbacAuthorizationV1Api(admin.api)
-    role = rbac.read_namespaced_role("btx-btx-operator", admin.namespace)
+    role = rbac.read_namespaced_role("btx-operator", admin.namespace)
     whole = admin.api.sanitize_for_serialization(role)["rules"]
     assert len(RIGHTS) == sum(len(rule["verbs"]) for rule in whole)
     for (_, resource), verb in RIGHTS:
@@ -234,7 +234,7 @@ def test_each_missing_right_is_named(admin: Admin, well: str) -> None:
         (rule,) = (rule for rule in rules if rule["resources"] == [resource])
         rule["verbs"].remove(verb)
         body = [{"op": "replace", "path": "/rules", "value": [r for r in rules if r["verbs"]]}]
-        rbac.patch_namespaced_role("btx-btx-operator", admin.namespace, body)
+        rbac.patch_namespaced_role("btx-operator", admin.namespace, body)
         # The authorizer hears of a changed role a moment later.
         wanted = f"rights: must not {verb} {resource} in {admin.namespace}"
         until = time.monotonic() + 20

@@ -7,6 +7,9 @@
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- if contains $name .Release.Name -}}
 {{- .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- else if hasPrefix (print .Release.Name "-") $name -}}
+{{- /* Release btx: btx-operator, not btx-btx-operator. */ -}}
+{{- $name -}}
 {{- else -}}
 {{- printf "%s-%s" .Release.Name $name | trunc 52 | trimSuffix "-" -}}
 {{- end -}}
