@@ -6,9 +6,11 @@ Kubernetes: `Discovery` writes the same targets, with the same labels, into file
 """
 
 import contextlib
+import copy
 import itertools
 import json
 import os
+import re
 import subprocess
 import tempfile
 import threading
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from chart.tools import dashboards, panels
 from cluster import binaries
 from cluster.control_plane import Cluster
 from cluster.parts import Part
@@ -275,7 +278,7 @@ def prometheus(
     part = Part(
         "prometheus",
         (
-            *cluster.enter, binaries.prometheus() / "prometheus", f"--config.file={config}",
+            binaries.prometheus() / "prometheus", f"--config.file={config}",
             f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}",
         ),
         folder / "prometheus.log",
@@ -289,3 +292,36 @@ def prometheus(
             yield found
         finally:
             part.stop()
+
+
+def at_once(objects: Sequence[Object]) -> list[Object]:
+    """The same objects with alerts that do not wait before they fire."""
+    found = copy.deepcopy(list(objects))
+    for item in found:
+        for group in item["spec"]["groups"] if item["kind"] == "PrometheusRule" else ():
+            for rule in group["rules"]:
+                rule.pop("for", None)
+    return found
+
+
+def empty_panels(watching: Prometheus, since: float, namespace: str, run: str) -> list[str]:
+    """Panels of both dashboards of which a query has returned nothing since a time."""
+    words = {"$namespace": namespace, "$run": run, "$__range": "1h"}
+    empty = []
+    for name, dashboard in dashboards().items():
+        for panel in panels(dashboard):
+            for target in panel["targets"]:
+                query = re.sub(r"\$\w+", lambda word: words[word[0]], target["expr"])
+                times = {"start": str(since), "end": str(time.time()), "step": "1"}
+                if not watching.get("query_range", query=query, **times)["result"]:
+                    empty.append(f"{name}: {panel['title']}")
+    return empty
+
+
+def firing(watching: Prometheus) -> dict[str, list[dict[str, str]]]:
+    """Labels of the alerts that fire, by name."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for alert in watching.get("alerts")["alerts"]:
+        if alert["state"] == "firing":
+            found.setdefault(alert["labels"]["alertname"], []).append(alert["labels"])
+    return found

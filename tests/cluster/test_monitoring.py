@@ -4,7 +4,6 @@ Pods are played, but what they export is the trainer's own telemetry.
 """
 
 import contextlib
-import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ import pytest
 from btx_api.metrics import ENGINE, TRAINER, MetricType
 from btx_api.stage import Kind, Progress
 from btx_trainer.telemetry import Telemetry
-from chart.tools import EVERYTHING, dashboards, one, panels, render
+from chart.tools import EVERYTHING, one, render
 from cluster.control_plane import Cluster
-from cluster.monitoring import Prometheus, prometheus
+from cluster.monitoring import Prometheus, at_once, empty_panels, firing, prometheus
 from cluster.operator_process import Operator
 from cluster.space import PATIENCE, Space, scripted
 from kubernetes import client
@@ -64,10 +63,7 @@ def trainer(run: str, stage: str, port: int) -> Iterator[Trainer]:
 @pytest.fixture
 def watching(cluster: Cluster, engine: Operator, tmp_path: Path) -> Iterator[Prometheus]:
     """A Prometheus that found the operator; alerts do not wait."""
-    objects = copy.deepcopy(render(EVERYTHING | SOON))
-    for group in one(objects, "PrometheusRule")["spec"]["groups"]:
-        for rule in group["rules"]:
-            rule.pop("for", None)
+    objects = at_once(render(EVERYTHING | SOON))
     core = client.CoreV1Api(cluster.client())
     service = one(objects, "Service")
     core.create_namespace({"metadata": {"name": SYSTEM}})
@@ -90,32 +86,6 @@ def watching(cluster: Cluster, engine: Operator, tmp_path: Path) -> Iterator[Pro
 def told(stages: list[str]) -> dict[str, Any]:
     """Scripts: each stage at its address, until it is told to end."""
     return {"stages": {stage: TOLD | {"ip": ADDRESSES[stage]} for stage in stages}}
-
-
-def missing(watching: Prometheus, since: float, space: Space) -> list[str]:
-    """Panels of which a query has returned nothing since then."""
-    words = {"$namespace": space.name, "$run": "run", "$__range": "10m"}
-    empty = []
-    for name, dashboard in dashboards().items():
-        for panel in panels(dashboard):
-            for target in panel["targets"]:
-                query = target["expr"]
-                for word, value in words.items():
-                    query = query.replace(word, value)
-                found = watching.get(
-                    "query_range", query=query, start=str(since), end=str(time.time()), step="1"
-                )["result"]
-                empty += [] if found else [f"{name}: {panel['title']}"]
-    return empty
-
-
-def firing(watching: Prometheus) -> dict[str, list[dict[str, str]]]:
-    """Labels of the alerts that fire, by name."""
-    found: dict[str, list[dict[str, str]]] = {}
-    for alert in watching.get("alerts")["alerts"]:
-        if alert["state"] == "firing":
-            found.setdefault(alert["labels"]["alertname"], []).append(alert["labels"])
-    return found
 
 
 def test_a_run_is_seen(
@@ -178,7 +148,9 @@ def test_a_run_is_seen(
 
     space.succeeded()
     space.run("again", execution=blocks)
-    cluster.wait_for("every panel", lambda: not missing(watching, since, space), PATIENCE)
+    cluster.wait_for(
+        "every panel", lambda: not empty_panels(watching, since, space.name, "run"), PATIENCE
+    )
     exported = set(watching.get("label/__name__/values"))
     for metric in (*TRAINER.values(), *ENGINE.values()):
         suffix = "_count" if metric.type is MetricType.HISTOGRAM else ""

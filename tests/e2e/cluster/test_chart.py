@@ -1,0 +1,104 @@
+"""The chart on a real node: `helm test`, and a Prometheus that finds operator and trainers by it."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster.images import ROOT
+from cluster.installation import CHART, RELEASE, SYSTEM, Installation, condition
+from cluster.monitoring import Prometheus, at_once, empty_panels, firing, prometheus
+from kubernetes import client
+from workspace import Workspace
+
+HERE = f"--namespace={SYSTEM}"
+MONITORED = [
+    f"--set=metrics.{name}.enabled=true" for name in ("serviceMonitor", "podMonitor", "rules")
+]
+WITHOUT_GPUS = {"btx-run.json: MFU"}
+"""Panels that need what this node has not."""
+
+
+# helm test.
+
+
+def test_helm_test_passes(installed: Installation) -> None:
+    """The operator is ready and may do all that it needs; the pod goes."""
+    said = installed.helm("test", RELEASE, HERE, "--timeout=3m")
+
+    assert "Phase:          Succeeded" in said, said
+    assert f"{RELEASE}-check" not in installed.kubectl("get", "pods", HERE)
+
+
+def test_helm_test_fails_when_a_right_is_missing(installed: Installation) -> None:
+    """The pod stays, and its log names the verb; with the right back it passes."""
+    rbac = client.RbacAuthorizationV1Api(installed.node.cluster.client())
+    role = json.loads(installed.kubectl("get", "clusterrole", RELEASE, "-o", "json"))
+    rules = [
+        rule | {"verbs": [verb for verb in rule["verbs"] if verb != "create"]}
+        for rule in role["rules"]
+    ]
+
+    def give(rules: list[dict[str, Any]]) -> None:
+        patch = [{"op": "replace", "path": "/rules", "value": [r for r in rules if r["verbs"]]}]
+        rbac.patch_cluster_role(RELEASE, patch)
+
+    give(rules)
+    try:
+        time.sleep(2)
+        installed.helm("test", RELEASE, HERE, "--timeout=3m", code=1)
+        log = installed.kubectl("logs", f"{RELEASE}-check", HERE)
+    finally:
+        give(role["rules"])
+
+    assert "rights: must not create jobs in every namespace" in log
+    assert "operator: ready" in log
+    time.sleep(2)
+    installed.helm("test", RELEASE, HERE, "--timeout=3m")
+
+
+# Prometheus.
+
+
+@pytest.fixture
+def watching(installed: Installation, tmp_path: Path) -> Iterator[Prometheus]:
+    """With the release's monitors and rules; it has found the operator."""
+    text = installed.helm("template", RELEASE, CHART, HERE, *MONITORED)
+    objects = [item for item in yaml.load_all(text, yaml.CSafeLoader) if item]
+    with prometheus(tmp_path, at_once(objects), installed.node.cluster) as started:
+        started.wait_for("btx_operator_queue_depth", 120)
+        yield started
+
+
+def manifest(name: str, prefix: str) -> dict[str, Any]:
+    """The quick start, in a storage where nothing is there yet."""
+    body: dict[str, Any] = yaml.safe_load((ROOT / "examples/quickstart-cluster.yaml").read_text())
+    body["metadata"]["name"] = name
+    body["spec"]["storage"]["uri"] = f"s3://btx/{prefix}"
+    return body
+
+
+def test_every_panel_has_data_of_a_real_run(
+    installed: Installation, inputs: Workspace, team: str, watching: Prometheus
+) -> None:
+    """Real trainers export under the labels of their pods; a refused run is told of."""
+    since = time.time()
+    refused = manifest("refused", "watched")
+    refused["spec"]["seed"]["uri"] = "s3://btx/nowhere"
+    installed.apply(team, manifest("run", "watched"), refused)
+    item = installed.ended(team, "run")
+    assert condition(item, "Succeeded")["status"] == "True", installed.story(team)
+    installed.apply(team, manifest("again", "watched"))
+    installed.ended(team, "again")
+
+    deadline = time.monotonic() + 60
+    while (empty := set(empty_panels(watching, since, team, "run"))) != WITHOUT_GPUS:
+        assert time.monotonic() < deadline, empty
+        time.sleep(2)
+    [alert] = firing(watching)["BTXPreflightFailed"]
+    assert (alert["namespace"], alert["run"]) == (team, "refused")
+    labels = f'namespace="{team}", run="run", stage="train-code", expert="code"'
+    assert watching.query(f"last_over_time(btx_trainer_loss_nats{{{labels}}}[1h])")
