@@ -249,6 +249,18 @@ def complaints(admin: Admin, account: Path, url: str) -> list[str]:
     return [line for line in lines if line.startswith("rights")]
 
 
+def test_helm_test_runs_the_check_and_cleans_up(admin: Admin, hollow: str) -> None:
+    """Its pod is made as the chart says, and goes when it was content (a played pod is)."""
+    admin.helm("install", RELEASE, CHART, *values(namespaces=[admin.namespace]))
+    before = everything(admin)
+    said = admin.helm("test", RELEASE, "--timeout=2m")
+
+    assert "Phase:          Succeeded" in said, said
+    left = {name for name in everything(admin) - before if not name.startswith("Pod btx-operator-")}
+    assert left == set()
+    assert "Pod btx-operator-check" not in everything(admin)
+
+
 # The CRD.
 
 
