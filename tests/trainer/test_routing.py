@@ -246,6 +246,27 @@ def test_collapse_of_each_layer_onto_another_expert_is_seen():
     assert loss == pytest.approx(EXPERTS * EXPERTS * 0.01, rel=1e-4)
 
 
+def test_collapse_under_soft_is_seen_and_has_a_gradient():
+    """Every token goes to every expert there: by counts of slots nothing could ever be wrong."""
+    logits = torch.zeros(16, EXPERTS)
+    logits[:, 0] = 3.0
+    logits.requires_grad_()
+    layer = routing.LayerRouting(*routing.Soft(EXPERTS).infer(logits), logits.softmax(-1))
+    terms = routing.balance_terms([layer])
+    share = layer.probabilities[0].square().sum().item()
+    loss = routing.balancing_loss(terms, 0.01)
+    assert loss.item() == pytest.approx(0.01 * EXPERTS * share, rel=1e-5)
+    assert loss.item() > 1.5 * 0.01
+    (slope,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert slope[:, 0].min() > 1e-5, "less for the expert that has it all"
+    counts = routing.slot_counts([layer])[0].float() / EXPERTS
+    hard = routing.balancing_loss(
+        routing.BalanceTerms(sum_u=counts, sum_p=terms.sum_p, count=terms.count), 0.01
+    )
+    assert hard.item() == pytest.approx(0.01, rel=1e-5)
+    assert torch.autograd.grad(hard, logits)[0].abs().max() < 1e-9
+
+
 def test_padding_is_left_out():
     """Terms and counts of a batch with masked tokens are those of the other tokens alone."""
     model = moe()
