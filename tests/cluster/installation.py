@@ -7,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,9 @@ class Installation:
         return self.until(namespace, name, over, seconds)
 
     def until(
-        self, namespace: str, name: str, wanted: Any, seconds: int = PATIENCE
-    ) -> dict[str, Any]:
+        self, namespace: str, name: str, wanted: Callable[[Mapping[str, Any]], bool],
+        seconds: int = PATIENCE,
+    ) -> dict[str, Any]:  # fmt: skip
         """The run as soon as it is as wanted; fails with its story."""
         api = client.CustomObjectsApi(self.node.cluster.client())
         stream = watch.Watch().stream(
