@@ -1,13 +1,16 @@
 """Watch events -> cache. The only place that knows kopf.
 
-The handlers do no I/O and never raise: kopf would swallow the error. `None` as an event's type
-means that kopf lists anew, at its start or after 410 Gone; it does not tell what vanished.
+The handlers do no I/O and never raise: kopf would swallow the error. kopf lists at its start and
+after 410 Gone, and does not tell what vanished; nor does it wait before it watches again. Both is
+seen to where its requests begin (Requests).
 """
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import aiohttp
 import kopf
 from btx_api.names import GROUP, PLURAL, RUN_LABEL, VERSION
 
@@ -26,11 +29,47 @@ class Backoffs:
             yield 5.0
 
 
+class Requests:
+    """What kopf asks the API server: told of each list, and at most every few seconds the same."""
+
+    CALM = 5.0
+    """Seconds between two equal requests that need no delay: a watch that lasts so long is well."""
+    FIRST, LAST = 0.1, 2.0
+    """Delay of the first repetition and of all later ones, doubled from one to the next."""
+
+    def __init__(self, listed: Callable[[], None]) -> None:
+        self._listed = listed
+        self._last: dict[tuple[str, bool], tuple[float, float]] = {}
+
+    async def begin(self, _: Any, __: Any, request: aiohttp.TraceRequestStartParams) -> None:
+        """Called by aiohttp before a request is sent."""
+        path, watches = request.url.path, "watch" in request.url.query
+        if not watches and path.rpartition("/")[2] in (PLURAL, "jobs", "pods"):
+            self._listed()
+        now = asyncio.get_running_loop().time()
+        time, delay = self._last.get((path, watches), (now - self.CALM, 0.0))
+        hasty = now - time < self.CALM
+        delay = min(self.LAST, max(self.FIRST, 2 * delay)) if hasty else 0.0
+        self._last[path, watches] = (now + delay, delay)
+        await asyncio.sleep(delay)
+
+    def session(self, server: kopf.ConnectionInfo) -> kopf.AiohttpSession:
+        """As kopf would make it, but for the trace; kopf closes it."""
+        trace = aiohttp.TraceConfig()
+        trace.on_request_start.append(self.begin)
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=server.as_ssl_context()),
+            headers=server.as_http_headers(),
+            trace_configs=[trace],
+        )
+        return kopf.AiohttpSession(server=server.server, aiohttp_session=session)
+
+
 def registry(
     cache: Cache, kube: Kube, heard: Callable[[Any], None], listed: Callable[[], None]
 ) -> kopf.OperatorRegistry:
     """Handlers of the three kinds. `heard` gets every object; `listed` when kopf lists anew."""
-    found = kopf.OperatorRegistry()
+    found, requests = kopf.OperatorRegistry(), Requests(listed)
     feeds = {
         (GROUP, VERSION, PLURAL): (cache.put_run, cache.drop_run),
         ("batch", "v1", "jobs"): (cache.put_job, cache.drop_job),
@@ -38,16 +77,14 @@ def registry(
     }
 
     @kopf.on.login(registry=found)
-    async def login(**_: Any) -> kopf.ConnectionInfo:
-        return kopf.ConnectionInfo(**credentials(kube.configuration))
+    async def login(**_: Any) -> kopf.AiohttpSession:
+        return requests.session(kopf.ConnectionInfo(**credentials(kube.configuration)))
 
     for resource, (put, drop) in feeds.items():
 
         def told(event: Any, put: Any = put, drop: Any = drop) -> None:
             heard(event["object"])
             (drop if event["type"] == "DELETED" else put)(event["object"])
-            if event["type"] is None:
-                listed()
 
         _feed(found, resource, told)
     return found
