@@ -109,13 +109,17 @@ class Lane:
 
 @contextlib.contextmanager
 def lane(
-    cluster: Cluster, api: client.ApiClient, name: str, *, proxied: bool = True, **settings: Any
-) -> Iterator[Lane]:
-    """A lane whose operator is being started; all of it ends with the block."""
+    cluster: Cluster, api: client.ApiClient, name: str, *, proxied: bool = True, user: str = USER,
+    **settings: Any,
+) -> Iterator[Lane]:  # fmt: skip
+    """A lane whose operator is being started; all of it ends with the block.
+
+    `user` has a certificate and rights already, unless it is the usual one.
+    """
     direct = grant_once(cluster)
     space = Space(cluster, api, name)
     operator = Kept(cluster, direct, name=name, namespaces=[name], **{"workers": 4, **settings})
-    proxy = ApiProxy(cluster, USER, operator.kill)
+    proxy = ApiProxy(cluster, user, operator.kill)
     with proxy.running():
         if proxied:
             operator.kubeconfig = proxy.kubeconfig(cluster.folder / f"{name}.kubeconfig")
