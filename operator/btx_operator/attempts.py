@@ -189,11 +189,11 @@ def words(code: int, result: Result) -> str:
 
 
 def last_words(seen: Iterable[Attempt]) -> dict[tuple[str, int], str]:
-    """By stage and number, why each attempt ended that did not end well."""
+    """By stage and number, why an attempt does not begin, or ended badly."""
     return {
-        (attempt.stage, attempt.number): words(attempt.exit, attempt.result or Result())
-        for attempt in seen
-        if attempt.exit
+        (a.stage, a.number): a.trouble or words(a.exit or 0, a.result or Result())
+        for a in seen
+        if a.trouble or a.exit
     }
 
 

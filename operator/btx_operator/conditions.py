@@ -143,12 +143,10 @@ def _experts(status: Status) -> str:
     return f"{states.count(State.COMPLETE)}/{len(states)}" if states else ""
 
 
-def events(
-    before: Status, after: Status, words: Mapping[tuple[str, int], str]
-) -> Iterator[Event]:
+def events(before: Status, after: Status, words: Mapping[tuple[str, int], str]) -> Iterator[Event]:
     """What changed, for a person; nothing when nothing did.
 
-    `words`: by stage and number, what an ended attempt said, in full: a row has little room.
+    `words`: by stage and number, what an attempt said, in full: a row has little room.
     """
     rows = {row.name: row for row in (*before.stages, *_errand(before))}
     reused = []
@@ -158,7 +156,7 @@ def events(
             reused.append(row.name)
         # Preflight that found problems has not failed: Accepted=False tells of them.
         elif row != old and not (row.name == PREFLIGHT and after.problems):
-            yield from _told(row, old, words.get((row.name, old.attempt), row.message))
+            yield from _told(row, old, words)
     if reused:
         message = brief(f"{len(reused)} complete already: {', '.join(reused)}", MESSAGE_LENGTH)
         yield Event(reason=EventReason.STAGES_REUSED, message=message)
@@ -179,8 +177,9 @@ def _errand(status: Status) -> tuple[Row, ...]:
     return () if status.preflight is None else (status.preflight,)
 
 
-def _told(row: Row, old: Row, words: str) -> Iterator[Event]:
-    """Events about one row that is not as it was; `words`: why its attempt ended."""
+def _told(row: Row, old: Row, said: Mapping[tuple[str, int], str]) -> Iterator[Event]:
+    """Events about one row that is not as it was."""
+    words = said.get((row.name, old.attempt), row.message)
     which = f"{row.name}: attempt {old.attempt}"
     again = ", given up" if row.state is State.FAILED else ", to be tried again"
     troubles = (
@@ -197,7 +196,8 @@ def _told(row: Row, old: Row, words: str) -> Iterator[Event]:
                 attempt=failed,
             )  # fmt: skip
     if row.state is State.STARTING and row.message not in ("", old.message):
-        blocked = f"{row.name}: attempt {row.attempt}: {row.message}"
+        trouble = said.get((row.name, row.attempt), row.message)
+        blocked = f"{row.name}: attempt {row.attempt}: {trouble}"
         yield Event(reason=EventReason.ATTEMPT_BLOCKED, message=blocked, warning=True)
     if row.invalid != old.invalid and row.invalid is not None and row.invalid.count:
         message = f"{row.name}: copy {row.invalid.tag} is corrupt"
@@ -212,11 +212,13 @@ def _told(row: Row, old: Row, words: str) -> Iterator[Event]:
         )
     if row.state is old.state:
         return
+    # Without a code it was no attempt's end that gave the stage up.
+    why = row.message if row.exit is None else words
     changes = {
         State.STARTING: (EventReason.ATTEMPT_STARTED, f"{row.name}: attempt {row.attempt}"),
         State.STOPPING: (EventReason.ATTEMPT_STOPPED, f"{row.name}: attempt {row.attempt}"),
         State.COMPLETE: (EventReason.STAGE_COMPLETE, row.name),
-        State.FAILED: (EventReason.STAGE_FAILED, f"{row.name}: {words}"),
+        State.FAILED: (EventReason.STAGE_FAILED, f"{row.name}: {why}"),
         State.LATE: (EventReason.EXPERT_LATE, row.name),
     }
     if row.state in changes:

@@ -157,7 +157,6 @@ class JobObject:
     execution: str
     """Hash of image and scheduling."""
     nodes: int
-    created: float
     started: float | None
     """Since when it is not suspended."""
     suspended: bool
@@ -187,7 +186,6 @@ class JobObject:
             version=version_of(item),
             execution=(meta.get("annotations") or {}).get(EXECUTION_ANNOTATION, ""),
             nodes=item["spec"].get("completions") or 1,
-            created=unix(meta["creationTimestamp"]) or 0.0,
             started=unix(status.get("startTime")),
             suspended=bool(item["spec"].get("suspend")),
             deleting="deletionTimestamp" in meta,

@@ -63,7 +63,8 @@ def attempt_of(
         return replace(seen, phase=Phase.RUNNING, since=since, dead_experts=dead)
     trouble = next((text for pod in live if (text := trouble_of(pod, spec))), "")
     edited = bool(trouble) and job is not None and job.execution != execution(origin.stage)
-    since = None if job is None else job.started or job.created
+    # Not since it was created: it may have been suspended for long, and released just now.
+    since = None if job is None else job.started
     return replace(seen, since=since, trouble=trouble, obsolete=seen.obsolete or edited)
 
 
