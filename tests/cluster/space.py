@@ -32,7 +32,7 @@ from kubernetes import client, watch
 Object = dict[str, Any]
 ROOT = Path(__file__).parent.parent.parent
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
-PATIENCE = 150
+PATIENCE = 100
 """Seconds that anything may take on a busy machine."""
 TOLD = {"end": "told"}
 """Script of a pod that ends when `Space.tell` says so."""
@@ -309,7 +309,11 @@ def row_of(run: Object, stage: str) -> Object:
 def condition(run: Object, kind: str) -> tuple[str, str, str]:
     """Status, reason and message."""
     found = [c for c in run.get("status", {}).get("conditions", []) if c["type"] == kind]
-    return (found[0]["status"], found[0]["reason"], found[0].get("message", "")) if found else ("",) * 3
+    return (
+        (found[0]["status"], found[0]["reason"], found[0].get("message", ""))
+        if found
+        else ("",) * 3
+    )
 
 
 def version(item: Object) -> int:
