@@ -135,6 +135,7 @@ class ApiProxy:
         self._tls = ssl.create_default_context(cafile=str(cluster.authority.certificate))
         self._tls.load_cert_chain(folder / f"{user}.crt", folder / f"{user}.key")
         self._watches: set[Watch] = set()
+        self._sending: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._end = asyncio.Event()
         self.port = 0
@@ -222,6 +223,7 @@ class ApiProxy:
             begun.set()
             await self._end.wait()
             await runner.cleanup()
+            await asyncio.gather(*self._sending, return_exceptions=True)
 
     async def _handle(self, server: web.Request) -> web.StreamResponse:
         seen = Request.of(server)
@@ -269,7 +271,10 @@ class ApiProxy:
     async def _forward(self, seen: Request, server: web.Request) -> web.Response:
         body = await server.read()
         # Whoever is killed meanwhile cannot take back what was sent.
-        data, code, headers = await asyncio.shield(self._sent(server, body))
+        sending = asyncio.create_task(self._sent(server, body))
+        self._sending.add(sending)
+        sending.add_done_callback(self._sending.discard)
+        data, code, headers = await asyncio.shield(sending)
         if seen.write and code < 300:
             self.written.append((time.time(), seen))
         return web.Response(body=data, status=code, headers=headers)

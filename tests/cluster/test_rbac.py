@@ -25,6 +25,8 @@ RIGHTS: list[Right] = [
 ]
 AT_ONCE = 5
 HELD = scripted(prepare={"stages": {"preflight": TOLD}})
+SETTLED = 6.0
+"""Seconds after which no list follows that the operator's start asked for."""
 WAIT = 3.0
 """Seconds for which what must not happen is waited for, once the right was refused."""
 
@@ -52,13 +54,19 @@ def rules_without(right: Right) -> list[dict[str, Any]]:
 
 def begin(one: Lane) -> None:
     """A run, once the lists with which the operator starts are over."""
-    time.sleep(4)
+    time.sleep(SETTLED)
     one.run("run")
+
+
+def begin_held(one: Lane) -> None:
+    """The same, and its first pod does not end."""
+    time.sleep(SETTLED)
+    one.run("run", execution=HELD)
 
 
 def conflict(one: Lane) -> None:
     """The run changes while the operator does not hear of it, and then has something to record."""
-    one.run("run", execution=HELD)
+    begin_held(one)
     pod = one.space.pod("preflight", running)
     until(lambda: one.space.row("preflight").get("state") == "Running", RECOVERY_SECONDS)
     one.proxy.stall("btxruns")
@@ -77,7 +85,7 @@ def lost_answer(one: Lane) -> None:
         return Lost()
 
     until(lambda: len(one.proxy.watches()) == 3, 60)
-    time.sleep(4)
+    time.sleep(SETTLED)
     for kind in ("jobs", "pods"):
         one.proxy.stall(kind)
     one.proxy.rule = rule
@@ -164,9 +172,7 @@ PROOFS: dict[Right, Proof] = {
     ("jobs", "create"): Proof(begin, first_job),
     ("jobs", "delete"): Proof(suspend, ended_job),
     ("pods", "list"): Proof(lambda one: None, ready),
-    ("pods", "watch"): Proof(
-        lambda one: (time.sleep(4), one.run("run", execution=HELD)), shown
-    ),
+    ("pods", "watch"): Proof(begin_held, shown),
     ("pods/log", "get"): Proof(failing, log_read),
     ("services", "create"): Proof(
         lambda one: one.run("run", execution={"train": {"nodes": 2}}), service
