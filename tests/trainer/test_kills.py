@@ -115,7 +115,10 @@ def attempt(studio: Studio, task: Task) -> Iterator[Attempt]:
         started.process.wait()
 
 
-def outcome(studio: Studio, task: Task) -> tuple[dict[str, str], dict[str, float]]:
+Outcome = tuple[dict[str, str], dict[str, float]]
+
+
+def outcome(studio: Studio, task: Task) -> Outcome:
     """CRC32C of each file, and the metrics, of a committed stage whose bytes are all right."""
     stage = task.stage
     assert stage
@@ -133,7 +136,7 @@ class Interrupter:
         self.hits: Counter[str] = Counter()
 
     def once(self, studio: Studio, task: Task, place: str) -> bool:
-        """One attempt, interrupted at a random point of this place; whether it was still alive."""
+        """One attempt, interrupted at a random point of this place; whether it ended all the same."""
         kind, digest = task.stage.kind, task.stage.digest
         with self._armed(place, kind, digest) as armed, attempt(studio, task) as process:
             armed.append(process)
@@ -146,9 +149,9 @@ class Interrupter:
                 process.process.send_signal(self._number)
             ends = (-9,) if self._number == signal.SIGKILL else (-15, Exit.PREEMPTED)
             process.ends(*ends, Exit.OK)
-            hit = process.process.returncode in ends or len(armed) > 1
-        self.hits[place] += hit
-        return hit
+            code = process.process.returncode
+        self.hits[place] += code in ends or len(armed) > 1
+        return code == Exit.OK
 
     @contextmanager
     def _armed(self, place: str, kind: str, digest: str) -> Iterator[list[object]]:
@@ -191,7 +194,7 @@ class Interrupter:
 
 
 @pytest.fixture(scope="module")
-def alone(studio: Studio) -> dict[str, tuple[dict[str, str], dict[str, float]]]:
+def alone(studio: Studio) -> dict[str, Outcome]:
     """What each stage ends in when nobody interrupts it."""
     found = {}
     for kind in STEPS:
@@ -211,7 +214,7 @@ COMBINATIONS = [(kind, number) for kind in STEPS for number in (signal.SIGKILL, 
 def test_an_interrupted_stage_ends_in_the_same_bits(
     studio: Studio,
     proxy: Proxy,
-    alone: dict[str, tuple[dict[str, str], dict[str, float]]],
+    alone: dict[str, Outcome],
     kind: str,
     number: signal.Signals,
 ) -> None:
@@ -219,15 +222,24 @@ def test_an_interrupted_stage_ends_in_the_same_bits(
     first = 2 * COMBINATIONS.index((kind, number))
     points = [PLACES[(first + i) % len(PLACES)] for i in range(trials(20, few=2))]
     interrupter = Interrupter(proxy, number, random.Random(f"{kind} {number}"))
+    task = task_of(studio, kind)
     for start in range(0, len(points), len(LIFE)):
-        task = task_of(studio, kind)
         for place in sorted(points[start : start + len(LIFE)], key=LIFE.index):
-            interrupter.once(studio, task, place)
-        with attempt(studio, task) as process:
-            process.ends(Exit.OK)
-        assert outcome(studio, task) == alone[kind]
-        assert task.stage
-        folder = checkpoints_folder(task.stage.kind, task.stage.digest)
-        assert list(open_store(studio.storage).list(folder)) == []
+            if interrupter.once(studio, task, place):
+                # Asked to stop after its last step a stage ends: the next point needs another.
+                settle(studio, task, alone[kind])
+                task = task_of(studio, kind)
+        settle(studio, task, alone[kind])
+        task = task_of(studio, kind)
     print(f"{kind} {number.name}: {dict(interrupter.hits)} of {dict(Counter(points))}")
-    assert sum(interrupter.hits.values()) >= len(points) * 3 // 4
+    assert sum(interrupter.hits.values()) >= len(points) * 9 // 10
+
+
+def settle(studio: Studio, task: Task, alone: Outcome) -> None:
+    """The next attempt ends the stage; what it is, and that no checkpoint is left."""
+    with attempt(studio, task) as process:
+        process.ends(Exit.OK)
+    assert outcome(studio, task) == alone
+    assert task.stage
+    folder = checkpoints_folder(task.stage.kind, task.stage.digest)
+    assert list(open_store(studio.storage).list(folder)) == []
