@@ -24,7 +24,7 @@ from cluster.control_plane import Cluster
 
 VERBS = {"POST": "create", "PUT": "update", "DELETE": "delete", "PATCH": "patch"}
 REASONS = {
-    403: "Forbidden", 410: "Expired", 429: "TooManyRequests", 500: "InternalError",
+    401: "Unauthorized", 403: "Forbidden", 410: "Expired", 429: "TooManyRequests", 500: "InternalError",
     503: "ServiceUnavailable", 504: "Timeout",
 }  # fmt: skip
 HOP = ("connection", "content-length", "host", "keep-alive", "transfer-encoding")

@@ -69,6 +69,7 @@ OUTAGES: dict[str, Rule] = {
     "error-events": errors(),
     "status-500": lambda request: Answer(500),
     "status-503": lambda request: Answer(503, retry_after=1),
+    "status-401": lambda request: Answer(401),
     "status-403": lambda request: Answer(403),
     "status-429": lambda request: Answer(429, retry_after=1),
 }

@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -43,12 +44,13 @@ class OneKill:
     def __init__(self, point: Point) -> None:
         self.point = point
         self.time = 0.0
+        self.what = ""
 
     def __call__(self, request: Request) -> Fault | None:
         number, after = self.point
         if self.time or request.write != number:
             return None
-        self.time = time.time()
+        self.time, self.what = time.time(), f"{request.verb} {request.resource}"
         return Kill(after)
 
 
@@ -77,14 +79,17 @@ def test_killed_at_every_write(
     points = [(number, after) for number in numbers for after in (False, True)]
     missed: list[Point] = []
     times: list[float] = []
+    what: Counter[str] = Counter()
 
     def work(one: Lane, mine: Iterator[Point]) -> None:
         for point in mine:
-            seconds = _one_kill(api, one, point)
+            rule = OneKill(point)
+            seconds = _one_kill(api, one, rule)
             if seconds is None:
                 missed.append(point)
             else:
                 times.append(seconds)
+                what[rule.what] += 1
 
     with lanes(cluster, api, [f"kill-{i}" for i in range(LANES)]) as found:
         shared = iter(points)
@@ -100,7 +105,7 @@ def test_killed_at_every_write(
 
     print(
         f"\n{len(points)} runs, {kills} kills at writes {numbers[0]} to {numbers[-1]} of {writes}; "
-        f"not reached {missed}; acted again after {max(times):.1f} s at most; own ends {exits}"
+        f"{dict(what)}; not reached {missed}; acted again after {max(times):.1f} s at most; own ends {exits}"
     )
     assert wrong == {}
     # How often a run writes depends on how many facts arrive together.
@@ -115,10 +120,9 @@ def _sample(writes: int, few: int) -> list[int]:
     return sorted({1 + round(place * (writes - 1) / (few - 1)) for place in places})
 
 
-def _one_kill(api: client.ApiClient, one: Lane, point: Point) -> float | None:
+def _one_kill(api: client.ApiClient, one: Lane, rule: OneKill) -> float | None:
     """A whole run with one kill: seconds until the operator wrote again; None: never killed."""
-    rule = OneKill(point)
-    name = f"k{point[0]}-{'after' if point[1] else 'before'}"
+    name = f"k{rule.point[0]}-{'after' if rule.point[1] else 'before'}"
     one.proxy.count(rule)
     one.run(name)
     all_over(api, one, name)

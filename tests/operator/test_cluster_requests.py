@@ -1,0 +1,56 @@
+"""kopf's requests: lists are told of, and what is asked again and again is asked slowly."""
+
+import asyncio
+
+import aiohttp
+import pytest
+from btx_api.names import API_VERSION
+from btx_operator.cluster.handlers import Requests
+from multidict import CIMultiDict
+from yarl import URL
+
+BATCH = "https://api/apis/batch/v1"
+
+
+def begun(requests: Requests, monkeypatch: pytest.MonkeyPatch, *urls: str) -> list[float]:
+    """Seconds that each request had to wait, one after the other at one moment."""
+    delays: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        delays.append(seconds)
+
+    async def ask() -> None:
+        for url in urls:
+            asked = aiohttp.TraceRequestStartParams("GET", URL(url), CIMultiDict())
+            await requests.begin(None, None, asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("btx_operator.cluster.handlers.asyncio.sleep", sleep)
+        asyncio.run(ask())
+    return delays
+
+
+def test_every_list_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that will be empty; a watch and a look at what is served are none."""
+    told: list[int] = []
+    requests = Requests(lambda: told.append(1))
+    watch = f"{BATCH}/namespaces/a/jobs?watch=true&resourceVersion=1"
+
+    begun(
+        requests, monkeypatch, watch, BATCH, "https://api/apis", f"https://api/apis/{API_VERSION}"
+    )
+    assert told == []
+    lists = (f"{BATCH}/namespaces/a/jobs?limit=500", "https://api/api/v1/pods")
+    begun(requests, monkeypatch, *lists, f"https://api/apis/{API_VERSION}/btxruns")
+    assert len(told) == 3
+
+
+def test_repetitions_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ever longer, up to a limit; each kind for itself; not after a watch that lasted."""
+    requests = Requests(lambda: None)
+    jobs, pods = f"{BATCH}/jobs?watch=true", "https://api/api/v1/pods?watch=true"
+
+    assert begun(requests, monkeypatch, *[jobs] * 8) == [0, 0.1, 0.2, 0.4, 0.8, 1.6, 2, 2]
+    assert begun(requests, monkeypatch, pods, pods) == [0, 0.1]
+    monkeypatch.setattr(requests, "CALM", -1000.0)
+    assert begun(requests, monkeypatch, jobs) == [0]
