@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -66,35 +67,51 @@ def joined(algorithm: str, crc: int, other: int, length: int) -> int:
 def download(store: S3Store, head: Head, path: Path) -> tuple[int, str]:
     """See Store.download: ranges of one version, side by side and written as they come."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sums = dict.fromkeys({"crc32c", *head.checksum.split()[:1]}, 0)
     ranges = [(at, min(PART_BYTES, head.size - at)) for at in range(0, head.size, PART_BYTES)]
     with path.open("wb", buffering=0) as file:
-
-        def part(start: int, length: int) -> dict[str, int]:
-            crcs, position = dict.fromkeys(sums, 0), start
-
-            def take(piece: bytes) -> None:
-                nonlocal position
-                write_at(file.fileno(), path, piece, position)
-                position += len(piece)
-                for name, crc in crcs.items():
-                    crcs[name] = extend(name, crc, piece)[0]
-
-            store.fetch(head, start, length, take)
-            return crcs
-
-        parts = [store.downloads.submit(part, *one) for one in ranges]
+        copy = _Copy(store, head, path, file.fileno())
+        parts = [store.downloads.submit(copy.part, *one) for one in ranges]
         try:
-            for (_, length), done in zip(ranges, parts, strict=True):
-                for name, crc in done.result().items():
-                    sums[name] = joined(name, sums[name], crc, length)
+            found = [part.result() for part in parts]
         finally:
             # Nobody writes to the file once it is closed.
-            wait([done for done in parts if not done.cancel()])
-    found = {f"{name} {crc:08x}" for name, crc in sums.items()}
-    if head.checksum and head.checksum not in found:
-        raise Damaged(store.uri(head.key), f"arrived as {max(found)}, is {head.checksum}")
+            wait([part for part in parts if not part.cancel()])
+    sums = dict.fromkeys(copy.algorithms, 0)
+    for (_, length), crcs in zip(ranges, found, strict=True):
+        sums = {name: joined(name, crc, crcs[name], length) for name, crc in sums.items()}
+    arrived = {f"{name} {crc:08x}" for name, crc in sums.items()}
+    if head.checksum and head.checksum not in arrived:
+        raise Damaged(store.uri(head.key), f"arrived as {max(arrived)}, is {head.checksum}")
     return head.size, f"{sums['crc32c']:08x}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """An object on its way to an open file."""
+
+    store: S3Store
+    head: Head
+    path: Path
+    file: int
+
+    @property
+    def algorithms(self) -> set[str]:
+        """Ours, and the one of the sum that the storage keeps."""
+        return {"crc32c", *self.head.checksum.split()[:1]}
+
+    def part(self, start: int, length: int) -> dict[str, int]:
+        """Writes a range where it belongs; its sums by algorithm."""
+        crcs, position = dict.fromkeys(self.algorithms, 0), start
+
+        def take(piece: bytes) -> None:
+            nonlocal position
+            write_at(self.file, self.path, piece, position)
+            position += len(piece)
+            for name, crc in crcs.items():
+                crcs[name] = extend(name, crc, piece)[0]
+
+        self.store.fetch(self.head, start, length, take)
+        return crcs
 
 
 def encoded(crc: int) -> str:
