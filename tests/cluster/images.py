@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 TARGETS = ("operator", "trainer")
 TOOLS = ("buildah", "skopeo", "mmdebstrap")
 AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
+DAY = 86_400
 DEBIAN = (
     "mmdebstrap", "--quiet", "--variant=minbase", "--include=ca-certificates,python3,python3-venv",
     "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",
@@ -50,7 +51,7 @@ def build() -> dict[str, Image]:
             _run(*command, f"{storage}localhost/btx-{target}", wanted)
         # buildah leaves its storage mounted over itself.
         _run("umount", folder / "storage/overlay")
-        found = {t: Image(folder / "layout", t, f"localhost/btx-{t}") for t in TARGETS}
+        found = {t: Image.read(folder / "layout", t, f"localhost/btx-{t}") for t in TARGETS}
         _drop_others(folder / "layout", found)
     return found
 
@@ -113,7 +114,7 @@ def _run(*words: str | Path) -> str:
 
 
 def _drop_others(layout: Path, kept: dict[str, Image]) -> None:
-    """Removes entries and blobs of the layout that no image of `kept` has."""
+    """Removes entries of the layout but `kept`, and old blobs that none of these has."""
     index = json.loads((layout / "index.json").read_text())
     index["manifests"] = [
         entry for entry in index["manifests"] if entry.get("annotations", {}).get(REFERENCE) in kept
@@ -121,7 +122,8 @@ def _drop_others(layout: Path, kept: dict[str, Image]) -> None:
     (layout / "index.json").write_text(json.dumps(index))
     named = {digest for image in kept.values() for digest in image.blobs()}
     for path in (layout / "blobs/sha256").iterdir():
-        if f"sha256:{path.name}" not in named:
+        # A younger one may be of an image that another process is about to hand over.
+        if f"sha256:{path.name}" not in named and time.time() - path.stat().st_ctime > DAY:
             path.unlink()
 
 

@@ -16,22 +16,28 @@ REFERENCE = "org.opencontainers.image.ref.name"
 
 @dataclass(frozen=True)
 class Image:
-    """An image of a layout, and the name that a cluster knows it by."""
+    """An image of a layout as it was when it was read; the layout may have a newer one by now."""
 
     layout: Path
-    reference: str
-    """The layout's own name of it."""
     repository: str
+    descriptor: dict[str, Any]
+    """Media type, digest and size of its manifest."""
+    manifest: dict[str, Any]
+    """With config and layers."""
 
-    def descriptor(self) -> dict[str, Any]:
-        """Media type, digest and size of its manifest."""
-        entries = json.loads((self.layout / "index.json").read_text())["manifests"]
-        [found] = [e for e in entries if e.get("annotations", {}).get(REFERENCE) == self.reference]
-        return {key: found[key] for key in ("mediaType", "digest", "size")}
+    @classmethod
+    def read(cls, layout: Path, reference: str, repository: str) -> "Image":
+        """The image that the layout knows by a reference."""
+        entries = json.loads((layout / "index.json").read_text())["manifests"]
+        [found] = [e for e in entries if e.get("annotations", {}).get(REFERENCE) == reference]
+        descriptor = {key: found[key] for key in ("mediaType", "digest", "size")}
+        path = layout / "blobs" / descriptor["digest"].replace(":", "/")
+        return cls(layout, repository, descriptor, json.loads(path.read_text()))
 
-    def manifest(self) -> dict[str, Any]:
-        """With config and layers."""
-        return dict(json.loads(self.blob(self.descriptor()["digest"]).read_text()))
+    @property
+    def config(self) -> dict[str, Any]:
+        """User, entry point, history."""
+        return dict(json.loads(self.blob(self.manifest["config"]["digest"]).read_text()))
 
     def blob(self, digest: str) -> Path:
         """File of `sha256:...`."""
@@ -39,14 +45,13 @@ class Image:
 
     def blobs(self) -> dict[str, int]:
         """Size in bytes by digest: layers, config, manifest."""
-        manifest, own = self.manifest(), self.descriptor()
-        parts = [*manifest["layers"], manifest["config"], own]
+        parts = [*self.manifest["layers"], self.manifest["config"], self.descriptor]
         return {part["digest"]: part["size"] for part in parts}
 
     @property
     def tag(self) -> str:
         """By content: the first 12 digits of the config's digest."""
-        return str(self.manifest()["config"]["digest"].partition(":")[2][:12])
+        return str(self.manifest["config"]["digest"].partition(":")[2][:12])
 
     @property
     def name(self) -> str:
@@ -55,7 +60,7 @@ class Image:
 
     def write(self, out: IO[bytes], known: Set[str]) -> int:
         """Writes an archive without the blobs that the reader knows; bytes of the others."""
-        entry = {**self.descriptor(), "annotations": {NAME: self.name}}
+        entry = {**self.descriptor, "annotations": {NAME: self.name}}
         index = json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
         sent = {digest: size for digest, size in self.blobs().items() if digest not in known}
         with tarfile.open(fileobj=out, mode="w|", bufsize=1 << 20) as tar:

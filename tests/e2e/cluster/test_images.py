@@ -112,8 +112,8 @@ def test_an_image_holds_what_it_needs_and_no_more(
 def test_a_change_of_code_is_a_small_layer(installed: Installation, target: str) -> None:
     """All that follows the dependencies is below 5 MB."""
     image = installed.images[target]
-    sizes = [layer["size"] for layer in image.manifest()["layers"]]
-    config = json.loads(image.blob(image.manifest()["config"]["digest"]).read_text())
+    sizes = [layer["size"] for layer in image.manifest["layers"]]
+    config = image.config
     steps = [s["created_by"] for s in config["history"] if not s.get("empty_layer")]
     assert len(steps) == len(sizes)
     last = max(i for i, step in enumerate(steps) if "uv pip install" in step)
