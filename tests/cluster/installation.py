@@ -5,6 +5,7 @@ Pods reach an S3 server on the host as http://s3:8333, a Service of their namesp
 
 import contextlib
 import json
+import re
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -140,7 +141,14 @@ class Installation:
     def story(self, namespace: str) -> str:
         """What a person would look at: runs, pods, events, the ends of the logs."""
         here = f"--namespace={namespace}"
-        parts = [self.kubectl("describe", "btx", here), self.kubectl("get", "jobs,pods", here)]
+        # Without the spec, which is long and known.
+        described = re.sub(
+            r"\nSpec:\n.*?(?=\nStatus:|\nEvents:)",
+            "",
+            self.kubectl("describe", "btx", here),
+            flags=re.DOTALL,
+        )
+        parts = [described, self.kubectl("get", "jobs,pods", here)]
         parts.append(self.kubectl("get", "events", here, "--sort-by=.lastTimestamp"))
         for pod in self.kubectl("get", "pods", "-o", "name", here).split():
             with contextlib.suppress(AssertionError):
