@@ -28,7 +28,10 @@ class Backend(Protocol):
         """Stores the status if the one that was observed is still stored; raises Conflict."""
 
     async def stop(self, run: str, attempt: Attempt) -> None:
-        """Asks an attempt to end (SIGTERM, then its grace period); does not wait for it."""
+        """Asks an attempt to end (SIGTERM, then its grace period); does not wait for it.
+
+        May raise Conflict.
+        """
 
     async def start(self, run: str, start: Start) -> None:
         """Creates an attempt; does nothing if the same one exists. May raise Conflict."""
@@ -45,14 +48,14 @@ async def reconcile(backend: Backend, run: str, clock: Callable[[], float]) -> f
     decision = decide(seen, clock())
     # No await until here: two runs cannot both believe that nobody makes an artifact.
     backend.reserve(run, decision.status)
-    if decision.status != seen.status:
-        try:
+    try:
+        if decision.status != seen.status:
             await backend.write_status(run, decision.status)
-        except Conflict:
-            return 0.0
-    # The intents are stored: a crash from here on is repaired by the next step.
-    for attempt in decision.stops:
-        await backend.stop(run, attempt)
+        # The intents are stored: a crash from here on is repaired by the next step.
+        for attempt in decision.stops:
+            await backend.stop(run, attempt)
+    except Conflict:
+        return 0.0
     # Side by side, each to its end: one that fails takes none of the others along.
     starts = (backend.start(run, start) for start in decision.starts)
     for result in await asyncio.gather(*starts, return_exceptions=True):

@@ -193,7 +193,7 @@ class ApiProxy:
     def running(self) -> Iterator["ApiProxy"]:
         """Serves until the end of the block."""
         begun = threading.Event()
-        thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(begun),))
+        thread = threading.Thread(target=self._serve, args=(begun,))
         thread.start()
         try:
             assert begun.wait(10)
@@ -201,9 +201,12 @@ class ApiProxy:
         finally:
             self._loop.call_soon_threadsafe(self._end.set)
             thread.join()
-            self._loop.close()
 
     # Within its thread --------------------------------------------------------------------------
+
+    def _serve(self, begun: threading.Event) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._run(begun))
 
     async def _run(self, begun: threading.Event) -> None:
         app = web.Application(client_max_size=2**24)
@@ -224,6 +227,8 @@ class ApiProxy:
             await self._end.wait()
             await runner.cleanup()
             await asyncio.gather(*self._sending, return_exceptions=True)
+        # What was aborted is closed by callbacks of the loop.
+        await asyncio.sleep(0.2)
 
     async def _handle(self, server: web.Request) -> web.StreamResponse:
         seen = Request.of(server)
@@ -299,6 +304,7 @@ class ApiProxy:
                 self._watches.discard(watch)
                 closing.cancel()
                 pumping.cancel()
+                await asyncio.gather(closing, pumping, return_exceptions=True)
         return response
 
 

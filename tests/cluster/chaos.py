@@ -96,6 +96,8 @@ class Lane:
     space: Space
     operator: Kept
     proxy: ApiProxy
+    settings: dict[str, Any]
+    """Of the operator, but for the namespace."""
 
     @property
     def name(self) -> str:
@@ -118,14 +120,15 @@ def lane(
     """
     direct = grant_once(cluster)
     space = Space(cluster, api, name)
-    operator = Kept(cluster, direct, name=name, namespaces=[name], **{"workers": 4, **settings})
+    settings = {"workers": 4, **settings}
+    operator = Kept(cluster, direct, name=name, namespaces=[name], **settings)
     proxy = ApiProxy(cluster, user, operator.kill)
     with proxy.running():
         if proxied:
             operator.kubeconfig = proxy.kubeconfig(cluster.folder / f"{name}.kubeconfig")
         operator.start()
         try:
-            yield Lane(space, operator, proxy)
+            yield Lane(space, operator, proxy, settings)
         finally:
             operator.stop()
             with contextlib.suppress(client.ApiException):  # the test deleted it

@@ -135,6 +135,8 @@ class ClusterBackend:
             number = (attempt.stage, attempt.number, attempt.digest)
             self._refused.get(key_of(run), {}).pop(number, None)
         elif record.job is not None:
+            # The intent of a Job that we do not ask for may be another engine's.
+            await self._confirm(key_of(run))
             await self.kube.delete(JOBS, record.origin.key[0], record.job.name, record.uid)
             record.stopping = True
 
@@ -144,8 +146,7 @@ class ClusterBackend:
         # Those of the decision: the user may have changed the run since.
         uid, spec = self._observed[key]
         assert spec is not None
-        if key not in self._written:
-            await self._confirm(key)
+        await self._confirm(key)
         order = Order(key, uid, start, spec, self.settings)
         try:
             body = job(order)
@@ -226,11 +227,14 @@ class ClusterBackend:
                 self.cache.drop_run({"metadata": meta})
 
     async def _confirm(self, key: Key) -> None:
-        """No status was written in this step: another engine may have gone on meanwhile."""
+        """If no status was written in this step another engine may have gone on meanwhile."""
+        if key in self._written:
+            return
         found = self.cache.runs.get(key)
         await self._look_again(key)
         if found is None or self.cache.runs.get(key) is not found:
             raise Conflict(f"{key}: is not as it was")
+        self._written.add(key)
 
     async def _name_nodes(self, key: Key, uid: str) -> None:
         try:
