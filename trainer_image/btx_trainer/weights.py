@@ -27,7 +27,7 @@ from btx_trainer.numerics import DTYPES, mean, normal
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
-# Fast to write (large pages of the file cache), and still in a core's cache when it is.
+# Worth a thread's while, and still in a core's cache when it is written.
 PIECE_BYTES = 2**21
 # One thread makes pieces about as fast as another writes them; memory is AHEAD + 1 pieces.
 THREADS, AHEAD = 2, 3
