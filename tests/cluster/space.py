@@ -3,6 +3,7 @@
 Everything is raw JSON as the API server has it. Waiting is by watches that begin with what is there.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -74,8 +75,9 @@ class Space:
         return list(self.core.list_namespaced_service_account(self.name).items)
 
     def close(self) -> None:
-        """The namespace goes, without waiting."""
-        self.core.delete_namespace(self.name)
+        """The namespace goes, without waiting; it may be gone."""
+        with contextlib.suppress(client.ApiException):
+            self.core.delete_namespace(self.name)
 
     # What a user does ---------------------------------------------------------------------------
 

@@ -268,7 +268,6 @@ def test_deadlines_of_attempts(engine: Operator, space: Space) -> None:
         assert {row["state"] for row in rows} <= {"Failed", "Pending"}
         assert run["status"]["state"] == "Failed"
         assert "train-code: policy." in space.event("StageGivenUp", name=name) + message
-    assert all(job["metadata"]["labels"]["btx.dev/stage"][:5] != "train" for job in space.jobs("", "long"))
 
 
 @pytest.mark.shows("fail-run", "retry", "prune", "give-up-stops-others")
@@ -291,7 +290,9 @@ def test_a_failed_expert_fails_the_run_until_btx_retry(engine: Operator, space: 
 @pytest.mark.shows("foreign-job")
 def test_a_foreign_job_of_the_same_name(engine: Operator, space: Space) -> None:
     """Never adopted, never deleted: the stage is given up, with the object's name."""
-    uid = space.run(execution=scripted(prepare={"stages": {"prepare-code": TOLD}}))["metadata"]["uid"]
+    uid = space.run(execution=scripted(prepare={"stages": {"prepare-code": TOLD}}))["metadata"][
+        "uid"
+    ]
     row = space.until_row("train-code", state="Pending")
     name = job_name("run", uid, "train-code", row["digest"], 1)
     body = {"metadata": {"name": name}, "spec": {"suspend": True, "template": POD}}

@@ -58,8 +58,11 @@ def stop(begun: list[Operator]) -> None:
 
 def allow(cluster: Cluster, refused: tuple[str, str] | None = None) -> None:
     """The operator's rights, all but one (resource, verb), once they are in force."""
-    rules = [rule | {"verbs": [verb for verb in rule["verbs"]
-                               if (rule["resources"][0], verb) != refused]} for rule in RULES]  # fmt: skip
+    cut = [
+        rule | {"verbs": [v for v in rule["verbs"] if (rule["resources"][0], v) != refused]}
+        for rule in RULES
+    ]
+    rules = [rule for rule in cut if rule["verbs"]]
     rbac = client.RbacAuthorizationV1Api(cluster.client())
     rbac.replace_cluster_role(
         "btx-operator", {"metadata": {"name": "btx-operator"}, "rules": rules}
@@ -85,7 +88,6 @@ def test_killed_between_status_and_create(cluster: Cluster, space: Space, start:
     start()
     allow(cluster, ("jobs", "create"))
     run = space.run()
-    space.until_row("preflight", state="Starting")
     stored = space.until(lambda run: condition(run, "Running")[1] == "Blocked")
     assert "spec.execution.prepare" in condition(stored, "Running")[2]
     assert space.jobs() == []
@@ -106,7 +108,7 @@ def test_killed_after_create(cluster: Cluster, space: Space, start: Start) -> No
     start()
     allow(cluster, ("jobs", "create"))
     space.run(execution=scripted(train={"stages": {"train-code": TOLD}}))
-    space.until_row("preflight", state="Starting")
+    space.until_condition("Running", "False", "Blocked")
     allow(cluster, ("btxruns/status", "update"))
     job = space.job("preflight", lambda job: bool(ended(job)))
     assert "handle" not in space.row("preflight")
@@ -278,7 +280,7 @@ def test_a_status_that_somebody_else_wrote(space: Space, start: Start) -> None:
             (job["metadata"]["labels"][STAGE_LABEL], attempt(job)) for job in space.jobs(name=name)
         ]
         assert len(pairs) == len(set(pairs))
-        assert all(row["attempt"] <= 1 for row in run["status"]["stages"])
+        assert all(row.get("attempt", 0) <= 1 for row in run["status"]["stages"])
     assert len(space.commits("train-code")) == len(space.commits("train-math")) == 1
 
 

@@ -145,7 +145,9 @@ LONG_NAME = "expert-with-a-name-"
 
 @pytest.mark.parametrize(("experts", "limit"), [(16, 10_000), (64, 32_000)])
 @pytest.mark.shows("status-size", "status-rows")
-def test_the_size_of_status(engine: Operator, space: Space, experts: int, limit: int) -> None:
+def test_the_size_of_status(
+    engine: Operator, space: Space, capsys: pytest.CaptureFixture[str], experts: int, limit: int
+) -> None:
     """A row for each stage, within the promised size; the stored object's size is printed."""
     names = [f"x{i:02}-{LONG_NAME}"[:16].rstrip("-") for i in range(experts)]
     spec = [{"name": name, "tokens": 100, "data": [{"uri": f"file://{name}.jsonl"}]}
@@ -159,7 +161,8 @@ def test_the_size_of_status(engine: Operator, space: Space, experts: int, limit:
 
     sizes = [len(compact(item.get("status", {}))) for item in runs]
     stored = [len(compact(item)) for item in runs]
-    print(f"\n{experts} experts: status {max(sizes)} B, the stored object {max(stored)} B")
+    with capsys.disabled():
+        print(f"\n{experts} experts: status {max(sizes)} B, the stored object {max(stored)} B")
     assert max(sizes) <= limit
     stages = [row["name"] for row in run["status"]["stages"]]
     assert len(stages) == len(set(stages)) == 2 * experts + 1 + 4
