@@ -74,10 +74,12 @@ def watching(installed: Installation, tmp_path: Path) -> Iterator[Prometheus]:
 
 
 def manifest(name: str, prefix: str) -> dict[str, Any]:
-    """The quick start, in a storage where nothing is there yet."""
+    """The quick start, in a storage where nothing is there yet, with checkpoints all the time."""
     body: dict[str, Any] = yaml.safe_load((ROOT / "examples/quickstart-cluster.yaml").read_text())
     body["metadata"]["name"] = name
     body["spec"]["storage"]["uri"] = f"s3://btx/{prefix}"
+    for kind in ("train", "finetune"):
+        body["spec"]["execution"].setdefault(kind, {})["checkpointSeconds"] = 1
     return body
 
 
