@@ -177,6 +177,27 @@ def test_a_pod_is_force_deleted_before_its_result_is_read(space: Space, start: S
         assert space.commits(stage) == [stage]
 
 
+@pytest.mark.shows("lost")
+def test_a_job_vanishes_while_it_is_down(space: Space, start: Start) -> None:
+    """Its uid is in status, the object and its pod are gone: lost, and tried again at once."""
+    first = start()
+    space.run(execution=scripted(train={"attempts": [TOLD, {}]}))
+    job = space.job("train-code")
+    for stage in ("train-code", "train-math"):
+        space.until_row(stage, state="Running")
+    first.stop(kill=True)
+    space.delete_job(job)
+    space.none_left("train-code")
+    start(ready=False)
+    row = space.until_row("train-code", state="Complete")
+
+    counts = [row.get(key, 0) for key in ("attempt", "lost", "failures", "preemptions")]
+    assert counts == [2, 1, 0, 0]
+    message = space.event("AttemptLost", "train-code")
+    assert message == "train-code: attempt 1: vanished without a result"
+    assert space.row("train-math")["attempt"] == 1
+
+
 @pytest.mark.shows("ttl", "finished-jobs-deleted")
 def test_jobs_go_by_their_ttl(space: Space, start: Start) -> None:
     """One second after their end, while the run goes on; nothing runs again."""
