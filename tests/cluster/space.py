@@ -65,7 +65,7 @@ class Space:
     """A new namespace under the restricted Pod Security Standard, with a storage of its own."""
 
     def __init__(self, cluster: Cluster, api: client.ApiClient, name: str) -> None:
-        self.cluster, self.name = cluster, name
+        self.cluster, self.name, self.patience = cluster, name, PATIENCE
         self.core, self.batch = client.CoreV1Api(api), client.BatchV1Api(api)
         self.custom = client.CustomObjectsApi(api)
         self.core.create_namespace({"metadata": {"name": name, "labels": RESTRICTED}})
@@ -198,7 +198,7 @@ class Space:
         listing = self.custom.list_namespaced_custom_object
         stream = watch.Watch().stream(
             listing, GROUP, VERSION, self.name, PLURAL, field_selector=f"metadata.name={name}",
-            timeout_seconds=PATIENCE, deserialize=False,
+            timeout_seconds=self.patience, deserialize=False,
         )  # fmt: skip
         yield from (event["object"] for event in stream if event["type"] != "DELETED")
 
@@ -263,12 +263,16 @@ class Space:
         self.cluster.wait_for(
             f"the end of {stage or name}",
             lambda: not self.jobs(stage, name) and not self.pods(stage, name),
-            PATIENCE,
+            self.patience,
         )
 
     def _seen(self, listing: Any, labels: str, wanted: Callable[[Object], Any]) -> Object:
         stream = watch.Watch().stream(
-            listing, self.name, label_selector=labels, timeout_seconds=PATIENCE, deserialize=False
+            listing,
+            self.name,
+            label_selector=labels,
+            timeout_seconds=self.patience,
+            deserialize=False,
         )
         for event in stream:
             if event["type"] != "DELETED" and wanted(event["object"]):

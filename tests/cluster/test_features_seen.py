@@ -149,6 +149,7 @@ def test_the_size_of_status(
     engine: Operator, space: Space, capsys: pytest.CaptureFixture[str], experts: int, limit: int
 ) -> None:
     """A row for each stage, within the promised size; the stored object's size is printed."""
+    space.patience = 300  # 133 Jobs
     names = [f"x{i:02}-{LONG_NAME}"[:16].rstrip("-") for i in range(experts)]
     spec = [{"name": name, "tokens": 100, "data": [{"uri": f"file://{name}.jsonl"}]}
             for name in names]  # fmt: skip
