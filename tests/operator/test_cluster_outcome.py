@@ -123,6 +123,9 @@ RESULT = Result(token="t" * 16, metrics={"gain": 0.25}).line()
         (a_job("Failed"), a_pod("Failed", code=137, disrupted=True), Exit.PREEMPTED, False),
         (a_job("Failed"), a_pod("Failed", code=78, disrupted=True), Exit.CONFIGURATION, False),
         (a_job("Failed"), a_pod("Failed", disrupted=True), Exit.PREEMPTED, False),
+        (a_job("Failed"), a_pod("Failed", code=137), 137, False),
+        (a_job("Failed"), a_pod("Failed", code=137, deleted=T2), Exit.PREEMPTED, False),
+        (a_job("Failed"), a_pod("Failed", code=1, deleted=T2), 1, False),
         (None, a_pod("Failed", code=75), Exit.PREEMPTED, False),
     ],
 )

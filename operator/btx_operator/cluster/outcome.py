@@ -21,6 +21,8 @@ STUCK_SECONDS = 60
 """After the end of its grace period: a pod that is not gone by then is on a node that is."""
 PULLS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 HELD = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError", "Unschedulable")
+KILLED, OOM = (137, 143), "OOMKilled"
+"""Exit codes after SIGKILL and SIGTERM; Kubernetes' word for a kill that has another cause."""
 PREEMPTION_RULES = (1, 2)
 """Of the podFailurePolicy in jobs.py: all but the first, which is for configuration."""
 
@@ -46,7 +48,7 @@ def attempt_of(
     )  # fmt: skip
     since: float | None
     if (job is None and not live) or (job is not None and job.finished and settled(record, now)):
-        code, result = ending(record, pods, spec)
+        code, result = ending(record, pods)
         total: float = sum(map(seconds, (pod for pod in pods if pod.rank == 0)))
         return replace(seen, phase=Phase.ENDED, exit=code, result=result, seconds=total)
     if job is not None and job.suspended and not seen.stopping:
@@ -98,9 +100,7 @@ def seconds(pod: PodObject) -> float:
     return max(0.0, pod.finished - pod.started)
 
 
-def ending(
-    record: Record, pods: list[PodObject], spec: BTXRunSpec | None
-) -> tuple[int | None, Result | None]:
+def ending(record: Record, pods: list[PodObject]) -> tuple[int | None, Result | None]:
     """Exit code and Result of an attempt that is over."""
     job, ended = record.job, [pod for pod in pods if pod.exit is not None]
     if job is not None and job.finished == "Complete":
@@ -112,10 +112,8 @@ def ending(
     if job is not None and _rule(job.message) in PREEMPTION_RULES:
         return Exit.PREEMPTED, None
     last = _gravest(ended)
-    assert last.exit is not None
-    if last.disrupted and last.exit not in (Exit.OK, Exit.CONFIGURATION):
-        return Exit.PREEMPTED, result_of(last)
-    return last.exit, result_of(last) or said(last, spec)
+    code = _code(last)
+    return code, result_of(last) or (None if code == Exit.PREEMPTED else said(last))
 
 
 def _gravest(pods: Iterable[PodObject]) -> PodObject:
@@ -123,8 +121,16 @@ def _gravest(pods: Iterable[PodObject]) -> PodObject:
     latest = {pod.rank: pod for pod in pods}
     order = {code: place for place, code in enumerate(GRAVITY)}
     return min(
-        latest.values(), key=lambda pod: (order.get(pod.exit, order[Exit.FAILED]), pod.rank)  # type: ignore[call-overload]  # any integer
+        latest.values(), key=lambda pod: (order.get(_code(pod), order[Exit.FAILED]), pod.rank)  # type: ignore[call-overload]  # any integer
     )  # fmt: skip
+
+
+def _code(pod: PodObject) -> int | None:
+    """The exit code as it counts: who was killed because he had to go did not fail."""
+    if pod.disrupted and pod.exit not in (Exit.OK, Exit.CONFIGURATION):
+        return Exit.PREEMPTED
+    killed = pod.exit in KILLED and pod.reason != OOM
+    return Exit.PREEMPTED if killed and pod.deleted is not None else pod.exit
 
 
 def _rule(message: str) -> int | None:
@@ -141,11 +147,11 @@ def result_of(pod: PodObject) -> Result | None:
         return None
 
 
-def said(pod: PodObject, spec: BTXRunSpec | None) -> Result | None:
+def said(pod: PodObject) -> Result | None:
     """Kubernetes' own words on a container that left none of ours."""
-    if pod.reason == "OOMKilled":
+    if pod.reason == OOM:
         field = f"{block_path(pod.origin.stage)}.resources.limits.memory"
-        return Result(problem=Problem(field=field, message="OOMKilled: it needed more memory"))
+        return Result(problem=Problem(field=field, message=f"{OOM}: it needed more memory"))
     if pod.reason in ("", "Error", "Completed"):
         return None
     return Result(problem=Problem(field="pod", message=f"{pod.reason} {pod.message}".strip()))
