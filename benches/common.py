@@ -27,6 +27,8 @@ PEERS = ROOT / "build/peers/bin"
 """Programs of the peers' own virtual environment (`make build/peers/.ready`)."""
 OURS = Path(sys.executable)
 POLL_SECONDS = 0.02
+BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
+"""Nobody compiles the same sources in every process: an image has them compiled."""
 
 Row = dict[str, Any]
 
@@ -68,7 +70,7 @@ def run(command: Sequence[str | Path], **environment: str) -> Sample:
     """Runs a process to its end and measures it; SystemExit with its output if it fails."""
     started = time.perf_counter()
     process = subprocess.Popen(
-        [str(part) for part in command], env={**os.environ, **environment},
+        [str(part) for part in command], env={**os.environ, **BYTECODE, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     peaks = {"VmHWM": 0, "RssAnon": 0}

@@ -26,8 +26,8 @@ SECTIONS = {
         """A real control plane (etcd, API server, controller manager, scheduler) and scripted pods
 on the machine of the bench; they take most of its two cores. *Creates*: the train Jobs of 100 runs,
 all due at the operator's start, beside a loop that creates as many copies of such a Job, 32 at a
-time; the operator also writes the runs' statuses and their events in that time. *Hand-off*: from the
-end of a Job to the appearance of the next one of its run, as one watch sees both, beside a
+time; the operator also writes the runs' statuses and their events in that time. *Hand-off*: from
+the end of a Job to the appearance of the next one of its run, as one watch sees both, beside a
 controller of thirty lines that does nothing but watch, write a status with its version checked and
 create the next Job. *Memory* is the resident size of the operator's process. A *reconcile* while
 idle would be work that no fact asked for.""",
@@ -63,9 +63,10 @@ is better.""",
         """Two files of 256 MiB of random bytes, between a folder in the file cache and a real S3
 server (SeaweedFS) on loopback. *Ours* is what every stage does (`Store.sink`, `Store.download`),
 with a CRC32C of every byte, stored with the object and checked on the way back; it is timed from
-the end of its imports. s5cmd is a process from start to end, with the same size and number of
-parts. The server runs on the same cores and takes most of them, so wall times say as much of it as
-of the clients; the CPU seconds are the client's alone, per GiB.""",
+the end of its imports and the making of its client, which a stage does once. s5cmd is a process
+from start to end, with the same size and number of parts. The server runs on the same cores and
+takes most of them, so wall times say as much of it as of the clients; the CPU seconds are the
+client's alone, per GiB.""",
     ),
     "train": (
         "train: beside the Hugging Face Trainer",
