@@ -42,6 +42,9 @@ class Request:
     write: int = 0
     """Number among the writes since `count`; 0 of a read."""
 
+    def __str__(self) -> str:
+        return f"{self.verb} {self.resource}"
+
     @classmethod
     def of(cls, request: web.Request) -> "Request":
         """From method and path; the number is still to come."""
@@ -232,7 +235,7 @@ class ApiProxy:
 
     async def _handle(self, server: web.Request) -> web.StreamResponse:
         seen = Request.of(server)
-        self.counts[f"{seen.verb} {seen.resource}"] += 1
+        self.counts[str(seen)] += 1
         if seen.verb in VERBS.values():
             self.writes += 1
             seen = Request(seen.verb, seen.resource, seen.name, seen.subresource, self.writes)

@@ -36,7 +36,7 @@ from cluster.space import TOLD, running, scripted
 from kubernetes import client
 
 FAULT_SECONDS = scaled(60, few=20)
-SCRIPTS = scripted(train={"seconds": 3})
+TRAINS = ("train-code", "train-math")
 PRODUCTION = {"resyncSeconds": 300}
 Rule = Callable[[Request], Fault | None]
 Act = Callable[[Lane], object]
@@ -139,14 +139,17 @@ class Found:
 
 
 def _outage(api: client.ApiClient, one: Lane) -> tuple[float, float]:
-    one.run("run", execution=SCRIPTS)
-    one.space.pod("train-code", running)
+    one.run("run", execution=scripted(train=TOLD))
+    pods = [one.space.pod(stage, running) for stage in TRAINS]
     before = _watches(one)
     if one.name == STALLED:
         assert one.proxy.stall() == 3
     else:
         one.proxy.rule = OUTAGES[one.name]
         one.proxy.cut()
+    for pod in pods:
+        one.space.tell(pod)
+    if one.name != STALLED:
         time.sleep(FAULT_SECONDS)
     watches = _watches(one) - before
     one.proxy.rule = nothing
@@ -209,7 +212,7 @@ def test_what_vanished_while_the_watch_was_cut(
         one.run("other", execution=scripted(prepare=TOLD))
         one.run("run", execution=scripted(train=TOLD))
         one.space.pod("preflight", running, "other")
-        for stage in ("train-code", "train-math"):
+        for stage in TRAINS:
             one.space.pod(stage, running)
         one.proxy.rule = on_watches(Broken())
         one.proxy.cut()
@@ -219,7 +222,7 @@ def test_what_vanished_while_the_watch_was_cut(
         one.space.none_left(name="other")
         one.space.none_left("prepare-code")
         over = _gone(one)
-        for stage in ("train-code", "train-math"):
+        for stage in TRAINS:
             one.space.release(stage)
         all_over(api, one, "run")
         until(lambda: "other" not in states(api, one.name), 10)
