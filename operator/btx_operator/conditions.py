@@ -221,6 +221,8 @@ def _told(row: Row, old: Row, said: Mapping[tuple[str, int], str]) -> Iterator[E
         State.FAILED: (EventReason.STAGE_FAILED, f"{row.name}: {why}"),
         State.LATE: (EventReason.EXPERT_LATE, row.name),
     }
-    if row.state in changes:
+    # A process that its backend began again is told of as preempted.
+    repeated = row.state is State.STARTING and row.attempt == old.attempt
+    if row.state in changes and not repeated:
         reason, message = changes[row.state]
         yield Event(reason=reason, message=message, warning=row.state in (State.FAILED, State.LATE))
