@@ -409,10 +409,13 @@ def test_at_most_eight_problems():
 def test_too_many_inputs_are_refused():
     """More fingerprints than fit the answer are a problem, not a broken answer."""
     data = [{"uri": "file://code.jsonl"}]
-    domains = [{"name": f"d{i}", "data": data} for i in range(95)]
-    found = ask(spec_of(evaluate={"domains": domains}))
+    domains = [{"name": f"d{i}", "data": data} for i in range(92)]
+    line = json.dumps({"question": "?", "choices": ["a", "b"], "answer": "b"})
+    Path("q.jsonl").write_text(line)
+    tasks = [{"name": f"q{i}", "uri": "file://q.jsonl"} for i in range(2)]
+    found = ask(spec_of(evaluate={"domains": domains, "tasks": tasks}))
 
-    assert found.problems[0].startswith("experts: 98 domains, 0 ready experts, 0 tasks; at most 96")
+    assert found.problems[0].startswith("experts: 95 domains, 0 ready experts, 2 tasks; at most 96")
 
 
 TEXT = st.text(min_size=1, max_size=2000)
