@@ -29,7 +29,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, volumes: int = 20, host: str = "127.0.0.1") -> Iterator[str]:
+def serving(folder: Path, volumes: int = 100, host: str = "127.0.0.1") -> Iterator[str]:
     """Address of a server that keeps its data below `folder`, with the bucket in it.
 
     A volume holds 64 MB; what is overwritten is not given back soon.

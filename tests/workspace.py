@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ class Workspace:
         """Starts `btx` with these arguments."""
         return subprocess.Popen(
             [sys.executable, "-m", "btx_operator.cli", *arguments],
-            cwd=self.folder, env=self.environment, text=True,
+            cwd=self.folder, env=self.environment, text=True, preexec_fn=_hear,  # noqa: PLW1509 - before threads matter
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -120,6 +121,11 @@ class Workspace:
             if f"{MARK}={self.folder}\0".encode() in environment and state != "Z":
                 found[int(process.name)] = command
         return found
+
+
+def _hear() -> None:
+    # A test that a shell started in the background has SIGINT ignored; a user's terminal does not.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _put(target: Any, path: list[str], value: Any) -> None:
