@@ -300,6 +300,11 @@ class Status(Model):
     retry: str = ""
     """Value of the retry annotation that was acted on."""
 
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Of every stage, and of preflight at the end."""
+        return self.stages if self.preflight is None else (*self.stages, self.preflight)
+
     def condition(self, kind: ConditionType) -> Condition | None:
         """The condition of a type; None before the first look."""
         return next((c for c in self.conditions if c.type is kind), None)

@@ -209,8 +209,7 @@ def release_of(seen: Observed, status: Status) -> Release:
 
 def pruned(seen: Observed, status: Status, *, hold: bool) -> Iterator[Attempt]:
     """Attempts that nobody asks for: suspended, dropped, edited, late, given up."""
-    rows = (*status.stages, *([status.preflight] if status.preflight else []))
-    asked_for = {key_of(row) for row in rows if row.state in ACTIVE}
+    asked_for = {key_of(row) for row in status.rows if row.state in ACTIVE}
     for attempt in seen.attempts:
         live = attempt.phase is not Phase.ENDED and not attempt.stopping
         # While an edit is pending nobody knows yet what it asks for.
@@ -221,8 +220,7 @@ def pruned(seen: Observed, status: Status, *, hold: bool) -> Iterator[Attempt]:
 
 def trouble_of(seen: Observed, status: Status) -> str:
     """Why an attempt that is asked for does not begin, in full."""
-    rows = (*status.stages, *([status.preflight] if status.preflight else []))
-    active = {key_of(row) for row in rows if row.state in ACTIVE}
+    active = {key_of(row) for row in status.rows if row.state in ACTIVE}
     troubles = (
         f"{a.stage}: {a.trouble}"
         for a in seen.attempts
@@ -233,7 +231,7 @@ def trouble_of(seen: Observed, status: Status) -> str:
 
 def times(seen: Observed, status: Status, now: float) -> Iterator[float]:
     """When the decision may change without a new fact."""
-    rows = {row.name: row for row in (*status.stages, *filter(None, [status.preflight]))}
+    rows = {row.name: row for row in status.rows}
     found: list[float | None] = [
         row.retry_time for row in rows.values() if row.state is State.BACK_OFF
     ]

@@ -352,8 +352,7 @@ class LocalBackend:
 
     def _settled(self, name: str) -> bool:
         status = self.status(name)
-        rows = (*status.stages, *([status.preflight] if status.preflight else []))
-        if any(row.state in (*ACTIVE, State.STOPPING) for row in rows):
+        if any(row.state in (*ACTIVE, State.STOPPING) for row in status.rows):
             return False
         return settled(status)
 
@@ -427,7 +426,7 @@ def annotate(root: Path, name: str, *, refresh: bool = False, retry: bool = Fals
 def _recovered(folder: Path, status: Status) -> list[Attempt]:
     """Ended attempts of an engine that was killed: those whose Result tells of success."""
     found = []
-    for row in (*status.stages, *([status.preflight] if status.preflight else [])):
+    for row in status.rows:
         result = processes.read_result(processes.files(folder, row.name, row.attempt)[1])
         done = result and (result.digest == row.digest or (result.resolved and not result.problem))
         if row.handle and done:

@@ -122,8 +122,8 @@ class ClusterBackend:
         self.cache.put_run(stored)
         self._written.add(key)
         self.meters.told(before, status, found.spec, size=len(line))
-        rows = (*status.stages, *filter(None, [status.preflight]))
-        starting = {(row.name, row.attempt, row.digest) for row in rows if row.state in ACTIVE}
+        active = (row for row in status.rows if row.state in ACTIVE)
+        starting = {(row.name, row.attempt, row.digest) for row in active}
         refused = self._refused.get(key, {})
         for number in refused.keys() - starting:
             del refused[number]
@@ -180,10 +180,9 @@ class ClusterBackend:
         run = self.cache.runs.get(key)
         if run is None:
             return
-        rows = (*run.status.stages, *filter(None, [run.status.preflight]))
         asked = {
             (row.name, row.attempt, row.digest)
-            for row in rows
+            for row in run.status.rows
             if row.state in (*ACTIVE, State.STOPPING)
         }
         for record in self.cache.records_of(run.uid):

@@ -190,7 +190,7 @@ class Cache:
         run = self.runs.get(key)
         if run is None:
             return
-        rows = (*run.status.stages, *filter(None, [run.status.preflight]))
+        rows = run.status.rows
         handles = {row.handle for row in rows if row.handle}
         for record in self.records_of(run.uid):
             if record.job is None and not record.live_pods and record.uid not in handles:

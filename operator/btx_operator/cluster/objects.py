@@ -40,7 +40,7 @@ def version_of(item: Object) -> int:
     return int(item["metadata"]["resourceVersion"])
 
 
-@dataclass(slots=True, weakref_slot=True)
+@dataclass(slots=True)
 class RunObject:
     """A BTXRun. Its spec and status are kept as JSON and read when they are asked for."""
 
@@ -156,14 +156,12 @@ class JobObject:
     version: int
     execution: str
     """Hash of image and scheduling."""
-    nodes: int
     started: float | None
     """Since when it is not suspended."""
     suspended: bool
     deleting: bool
     finished: str
     """Complete, Failed or nothing."""
-    reason: str
     message: str
 
     @classmethod
@@ -185,12 +183,10 @@ class JobObject:
             uid=meta["uid"],
             version=version_of(item),
             execution=(meta.get("annotations") or {}).get(EXECUTION_ANNOTATION, ""),
-            nodes=item["spec"].get("completions") or 1,
             started=unix(status.get("startTime")),
             suspended=bool(item["spec"].get("suspend")),
             deleting="deletionTimestamp" in meta,
             finished=end["type"],
-            reason=end.get("reason", ""),
             message=end.get("message", ""),
         )
 
