@@ -3,15 +3,18 @@
 Both train one Llama on the same packed rows with the same threads and dtype, each in a process
 that waits while the other has its turn; what is timed is whole steps of the real loops. Ours
 includes its history and progress; HF Trainer's logging is off. `DEVICE=cuda` (with
-`make bench-train DEVICE=cuda`) does it on a GPU with a larger model, and adds MFU (989 TFLOPS,
-6 FLOPs per parameter and token plus 12 * layers * width * length), peak memory and the stall of a
-checkpoint.
+`make bench-train DEVICE=cuda`) does it on a GPU with larger models, a Mixture of Experts among
+them, each contender alone since two do not fit, with and without torch.compile; it adds MFU (989
+TFLOPS, 6 FLOPs per active parameter and token plus 12 * layers * width * length), peak memory and
+the stall of a checkpoint.
 """
 
 import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,18 @@ LARGE = MODEL | {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
     "num_attention_heads": 32, "num_key_value_heads": 8,
 }  # fmt: skip
+EXPERTS = LARGE | {"num_hidden_layers": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+"""1.3 B parameters, of which 0.8 B are active."""
 TINY = MODEL | {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 1}
+SIZES = {4: ">= 1.0", 2: ">= 1.05", 1: ">= 1.05"}
+"""Sequences of a batch, and the goal of the ratio."""
 PEAK_FLOPS = 989e12
 PROCESS = {
     "GOMP_SPINCOUNT": "1000", "MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": str(2**26),
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
 }  # fmt: skip
 """What our trainer sets for itself on a CPU (`_keep_memory`, ENVIRONMENT), for any process."""
+LIKE_OURS = "HF Trainer, our process settings"
 
 
 class Worker:
@@ -85,47 +93,87 @@ def speed(
     folder: Path, options: dict[str, Any], count: int, goal: str, *, padded: bool
 ) -> list[common.Row]:
     """Tokens per second of both, and with `padded` of our loop without packing."""
-    around = environment(options)
-    commands = {"ours": (command("train_ours", "run", folder, options), around)}
+    commands = {"ours": Call("train_ours", "run", folder, options)}
+    gpu = options["device"] == "cuda"
     if common.peer("python"):
-        peer = command("train_peer", "run", folder, options)
-        commands["HF Trainer"] = peer, around
-        commands["HF Trainer, our process settings"] = peer, PROCESS | around
+        peer = Call("train_peer", "run", folder, options)
+        commands["HF Trainer"] = peer
+        if not gpu:
+            commands[LIKE_OURS] = replace(peer, around=PROCESS)
+    compiled = gpu and options["batch"] == max(SIZES)
+    if compiled:
+        for name, call in list(commands.items()):
+            commands[f"{name}, compiled"] = replace(call, options=options | {"compile": True})
     if padded:
-        commands["padded"] = command("train_ours", "padded", folder / "padded", options), around
+        commands["padded"] = Call("train_ours", "padded", folder / "padded", options)
+    samples = in_sequence(count, commands) if gpu else in_turns(count, commands)
+    tokens = options["batch"] * options["length"] * options["pace"]
+    shape = f"{options['batch']} x {options['length']} tokens, {options['precision']}"
+    shape += ", GPU" if gpu else f", {options['threads']} threads"
+    shape += ", 4 experts" if "num_local_experts" in options["model"] else ""
+
+    def row(  # noqa: PLR0917 - a table
+        ours: str, peer: str, what: str, name: str, unit: str, goal: str = ""
+    ) -> common.Row:  # fmt: skip
+        speeds = ([tokens / getattr(s, what) for s in samples.get(n, [])] for n in (ours, peer))
+        text = f"train, {shape}: {name}"
+        return common.row(text, *speeds, peer_name=peer, unit=f"tokens/{unit}", goal=goal)
+
+    found = [row("ours", "HF Trainer", "wall", "speed", "s", goal)]
+    if compiled:
+        found += [row("ours, compiled", "HF Trainer, compiled", "wall", "speed, compiled", "s")]
+    if gpu:
+        found += on_gpu(options, samples, tokens, shape)
+    else:
+        found += [row("ours", "HF Trainer", "cpu", "work", "CPU s")]
+        found += [row("ours", LIKE_OURS, "wall", "speed", "s")]
+        found += [row("ours", LIKE_OURS, "cpu", "work", "CPU s")]
+    if padded:
+        ours = [tokens / s.wall for s in samples["ours"]]
+        texts = [s.values["text"] / s.wall for s in samples["padded"]]
+        found.append(
+            common.row(
+                f"train, {shape}: text, packed", ours, texts, unit="tokens/s",
+                peer_name="one document per row",
+            )
+        )  # fmt: skip
+    return found
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a contender is started."""
+
+    script: str
+    what: str
+    folder: Path
+    options: dict[str, Any]
+    around: dict[str, str] = field(default_factory=dict)
+
+    def worker(self) -> Worker:
+        """The process, ready for its first step."""
+        line = command(self.script, self.what, self.folder, self.options)
+        return Worker(line, **environment(self.options), **self.around)
+
+
+def in_turns(count: int, calls: Mapping[str, Call]) -> dict[str, list[common.Sample]]:
+    """All processes at once, each waiting while another has its turn."""
     workers: dict[str, Worker] = {}
     try:
-        for name, (line, settings) in commands.items():
-            workers[name] = Worker(line, **settings)
-        samples = common.rounds(count, workers)
+        for name, call in calls.items():
+            workers[name] = call.worker()
+        return common.rounds(count, workers)
     finally:
         for worker in workers.values():
             worker.end()
-    tokens = options["batch"] * options["length"] * options["pace"]
-    shape = f"{options['batch']} x {options['length']} tokens, {options['precision']}"
-    shape += f", {options['threads']} threads, {options['device']}"
-    found = [
-        common.row(
-            f"train, {shape}: {name}", [tokens / getattr(s, what) for s in samples["ours"]],
-            [tokens / getattr(s, what) for s in samples.get(peer_name, [])], peer_name=peer_name,
-            unit=f"tokens/{unit}", goal=goal if peer_name + what == "HF Trainerwall" else "",
-        )
-        for peer_name in ("HF Trainer", "HF Trainer, our process settings")
-        for what, name, unit in (("wall", "speed", "s"), ("cpu", "work", "CPU s"))
-    ]  # fmt: skip
-    if padded:
-        texts = [s.values["text"] / s.wall for s in samples["padded"]]
-        ours = [tokens / s.wall for s in samples["ours"]]
-        found.append(
-            common.row(
-                f"train, {shape}: text, packed",
-                ours,
-                texts,
-                unit="tokens/s",
-                peer_name="one document per row",
-            )
-        )
-    return found + (on_gpu(options, samples, tokens, shape) if DEVICE == "cuda" else [])
+
+
+def in_sequence(count: int, calls: Mapping[str, Call]) -> dict[str, list[common.Sample]]:
+    """One process after the other."""
+    samples: dict[str, list[common.Sample]] = {}
+    for name, call in calls.items():
+        samples |= in_turns(count, {name: call})
+    return samples
 
 
 def on_gpu(
@@ -137,20 +185,25 @@ def on_gpu(
         model[n] for n in ("hidden_size", "num_hidden_layers", "intermediate_size")
     )
     keys = model["num_key_value_heads"] / model["num_attention_heads"]
-    layer = width * width * (2 + 2 * keys) + 3 * width * inner
+    active = model.get("num_experts_per_tok", 1)
+    layer = width * width * (2 + 2 * keys) + 3 * width * inner * active
     flops = 6 * (layers * layer + model["vocab_size"] * width)
     flops += 12 * layers * width * options["length"]
-    ours, peers = samples["ours"], samples.get("HF Trainer", [])
-    stalls = [s.values["longest"] - s.wall / options["pace"] for s in ours]
 
-    def row(name: str, unit: str, value: Any) -> common.Row:
+    def row(name: str, unit: str, value: Any, way: str = "") -> common.Row:
+        ours, peers = samples[f"ours{way}"], samples.get(f"HF Trainer{way}", [])
         return common.row(
-            f"train, {shape}: {name}", [value(s) for s in ours], [value(s) for s in peers],
-            peer_name="HF Trainer", unit=unit,
+            f"train, {shape}: {name}{way}", [value(s) for s in ours], [value(s) for s in peers],
+            peer_name=f"HF Trainer{way}", unit=unit,
         )  # fmt: skip
 
+    def utilisation(sample: common.Sample) -> float:
+        return tokens * flops / sample.wall / PEAK_FLOPS
+
+    stalls = [s.values["longest"] - s.wall / options["pace"] for s in samples["ours"]]
+    ways = ("", ", compiled") if "ours, compiled" in samples else ("",)
     return [
-        row("MFU", "of 989 TFLOPS", lambda s: tokens * flops / s.wall / PEAK_FLOPS),
+        *(row("MFU", "of 989 TFLOPS", utilisation, way) for way in ways),
         row("peak memory", "GB", lambda s: s.values["peak"] / 1e9),
         common.row(f"train, {shape}: longest step beyond the mean", [max(stalls)], unit="s"),
     ]
@@ -158,6 +211,7 @@ def on_gpu(
 
 def exact(folder: Path, options: dict[str, Any]) -> list[common.Row]:
     """Whether each ends in the same bytes when it is stopped half-way and resumed: 1 or 0."""
+    options = options | {"model": MODEL} if options["device"] == "cuda" else options
     around = environment(options)
     ours = common.run(command("train_ours", "resume", folder / "resume", options), **around)
     theirs = "left out"
@@ -169,7 +223,7 @@ def exact(folder: Path, options: dict[str, Any]) -> list[common.Row]:
 
 
 def loss_head(folder: Path, options: dict[str, Any], count: int) -> list[common.Row]:
-    """Growth of a fresh process's peak resident memory during the head's two passes."""
+    """Growth of the peak memory of a fresh process (or its GPU) during the head's two passes."""
     ways = {"ours": "head", "plain": "plain-head"}
     samples = common.rounds(
         count,
@@ -203,15 +257,23 @@ def main() -> None:
         "head": [256, 64, 4096] if asked.tiny else [2048, 1024, 128_256],
     }  # fmt: skip
     if DEVICE == "cuda":
-        options |= {"length": 4096, "pace": 10, "steps": 10 * (count + 2)}
-    one = options | {"batch": 1, "pace": 4, "steps": 4 * (count + 2)}
+        options |= {"pace": 2} if asked.tiny else {"length": 4096, "pace": 10}
     common.RESULTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=common.RESULTS) as scratch:
-        several, single = Path(scratch) / "several", Path(scratch) / "single"
-        rows = speed(several, options, count, ">= 1.0", padded=True)
-        rows += speed(single, one, count, ">= 1.05", padded=False)
-        rows += exact(single, one | {"steps": 4})
-        rows += loss_head(Path(scratch), options, 1)  # the same to a percent each time
+        folder, rows = Path(scratch), []
+        for size, goal in SIZES.items():
+            if DEVICE == "cuda" and size == 2:
+                continue  # a lent GPU's time is short
+            pace = options["pace"] if DEVICE == "cuda" else 4 // size
+            some = options | {"batch": size, "pace": pace, "steps": pace * (count + 2)}
+            padded = size == 4 and DEVICE != "cuda"
+            rows += speed(folder / f"batch-{size}", some, count, goal, padded=padded)
+        if DEVICE == "cuda":
+            experts = TINY | {"num_local_experts": 4} if asked.tiny else EXPERTS
+            moe = options | {"model": experts, "steps": options["pace"] * (count + 2)}
+            rows += speed(folder / "experts", moe, count, ">= 1.0", padded=False)
+        rows += exact(folder / "batch-1", options | {"batch": 1, "steps": 4})
+        rows += loss_head(folder, options, 1)  # the same to a percent each time
     packages = ("torch", "transformers", "accelerate")
     common.finish("train", rows, tiny=asked.tiny, packages=packages)
 

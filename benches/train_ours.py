@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from btx_api.spec import Phase  # noqa: E402
-from btx_api.stage import TrainRecipe  # noqa: E402
+from btx_api.stage import FinetuneRecipe, TrainRecipe  # noqa: E402
 from btx_trainer.data import IGNORED, Batch  # noqa: E402
 from btx_trainer.errors import PreemptedError  # noqa: E402
 from btx_trainer.loop import Job, begin, train  # noqa: E402
 from btx_trainer.model import chunked_cross_entropy  # noqa: E402
+from btx_trainer.stages import finetune  # noqa: E402
+from btx_trainer.work import Work  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from train_pace import Pace, say  # noqa: E402
 from training import Studio  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
+from transformers import LlamaConfig, MixtralConfig  # noqa: E402
 
 DOCUMENT_BYTES = (40, 600)
 """Of a text: from, to."""
@@ -47,13 +50,15 @@ def texts() -> list[str]:
     return cuts
 
 
-def studio(folder: Path, options: dict[str, Any]) -> tuple[Studio, TrainRecipe]:
+def studio(folder: Path, options: dict[str, Any]) -> tuple[Studio, TrainRecipe | FinetuneRecipe]:
     """Model and data in a storage of their own."""
+    experts = "num_local_experts" in options["model"]
     made = Studio(folder)
     made.add_domain("text", texts(), held_out_every=0)
-    made.add_model("model", LlamaConfig(**options["model"]))
+    config = MixtralConfig if experts else LlamaConfig
+    made.add_model("model", config(**options["model"]))
     tokens = options["batch"] * options["length"]
-    return made, TrainRecipe(
+    return made, (FinetuneRecipe if experts else TrainRecipe)(
         sequence_length=options["length"], batch_tokens=tokens, held_out_tokens=512,
         precision=options["precision"], optimizer={"lr": 1e-4, "warmup_steps": 2},
         data=(Phase(tokens=options["steps"] * tokens, domains={"1": 1.0}),),
@@ -89,11 +94,23 @@ def run(folder: Path, options: dict[str, Any], *, pad: bool) -> None:
     seconds = 20 if options["device"] == "cuda" else 3600
     task = made.task(
         recipe, ["model", "text"], micro_batch=options["batch"], threads=options["threads"],
-        checkpoint_seconds=seconds,
+        checkpoint_seconds=seconds, compile=options.get("compile", False),
     )  # fmt: skip
     pace = Pace(options["pace"])
     work = made.work(task, publish=lambda progress: pace.step())
-    job = begin(work, recipe, recipe.data)
+    begun = partial(begun_by_bench, pace, folder, pad)
+    if isinstance(recipe, FinetuneRecipe):
+        finetune.begin = begun  # type: ignore[attr-defined]  # the stage's own way to its job
+        finetune.run(work)
+    else:
+        train(work, begun(work, recipe, recipe.data))
+
+
+def begun_by_bench(  # noqa: PLR0917 - the last three are those of `begin`
+    pace: Pace, folder: Path, pad: bool, work: Work, recipe: Any, phases: Any
+) -> Job:
+    """As the loop's `begin`; leaves the rows to the peer, and waits with the first step."""
+    job = begin(work, recipe, phases)
     if pad:
         job.data.batch = padded(job)  # type: ignore[method-assign]  # of this one
     else:
@@ -101,7 +118,7 @@ def run(folder: Path, options: dict[str, Any], *, pad: bool) -> None:
         for name in ("input_ids", "labels", "position_ids"):
             np.save(folder / f"{name}.npy", np.concatenate([getattr(b, name) for b in batches]))
     pace.ready()
-    train(work, job)
+    return job
 
 
 def resume(folder: Path, options: dict[str, Any]) -> None:
@@ -134,16 +151,23 @@ def head(options: dict[str, Any], *, plain: bool) -> None:
     """Bytes that forward and backward pass of the loss head need beyond its operands."""
     torch.set_num_threads(options["threads"])
     rows, width, vocabulary = options["head"]
-    hidden = torch.randn(rows, width, requires_grad=True)
-    weight = torch.randn(vocabulary, width, requires_grad=True)
-    labels = torch.randint(0, vocabulary, (rows,))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    place = {"device": options["device"], "requires_grad": True}
+    hidden, weight = torch.randn(rows, width, **place), torch.randn(vocabulary, width, **place)
+    labels = torch.randint(0, vocabulary, (rows,), device=options["device"])
+    before = _most(options["device"])
     if plain:
         loss = F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")
     else:
         loss = chunked_cross_entropy(hidden, weight, labels)[0]
     (loss / rows).backward()
-    say(bytes=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    say(bytes=_most(options["device"]) - before)
+
+
+def _most(device: str) -> int:
+    """Bytes at most so far, of tensors on a GPU or of the process."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

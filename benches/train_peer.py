@@ -51,9 +51,12 @@ def trainer(folder: Path, options: dict[str, Any], name: str, **more: Any) -> Tr
     torch.set_num_threads(options["threads"])
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     model.config.use_cache = False  # with a cache documents of a row see each other
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = True  # and with them the balancing loss, as ours has
     arguments = TrainingArguments(
         output_dir=str(folder / name), per_device_train_batch_size=options["batch"],
         max_steps=options["steps"], use_cpu=options["device"] == "cpu",
+        torch_compile=options.get("compile", False),
         bf16=options["precision"] == "bf16", learning_rate=1e-4, warmup_steps=2,
         lr_scheduler_type="cosine", adam_beta2=0.95, weight_decay=0.1, max_grad_norm=1.0,
         logging_strategy="no", report_to="none", remove_unused_columns=False, disable_tqdm=True,

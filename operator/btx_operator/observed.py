@@ -76,7 +76,12 @@ def index(claims: Iterable[Claim]) -> dict[str, tuple[Claim, ...]]:
 
 def storage_key(spec: BTXRunSpec) -> tuple[str, str]:
     """Runs with the same key (and namespace) share artifacts, and see each other's claims."""
-    return spec.storage.endpoint or "", spec.storage.uri.rstrip("/")
+    return place_of(spec.storage.endpoint, spec.storage.uri)
+
+
+def place_of(endpoint: str | None, uri: str) -> tuple[str, str]:
+    """The storage_key of these two fields."""
+    return endpoint or "", uri.rstrip("/")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

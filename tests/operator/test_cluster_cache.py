@@ -140,12 +140,13 @@ def test_a_list_removes_what_it_lacks_but_not_what_is_newer() -> None:
     cache.put_job(a_job("new", 30))
     told.take()
 
-    assert cache.replace("jobs", [], 20, ()) == ({}, 1) and told.take() == {"r"}
+    assert cache.prune("jobs", (), 20, ()) == 1 and told.take() == {"r"}
     assert [r.uid for r in cache.records_of("uid-r") if r.job] == ["new"]
-    assert cache.replace("runs", [a_run("r", version=1)], 20, ()) == ({}, 0)
-    assert cache.replace("runs", [a_run("r", version=2)], 20, ()) == ({"uid-r": 2}, 0)
-    assert cache.replace("runs", [], 40, ("elsewhere",)) == ({}, 0)
-    assert cache.replace("runs", [], 40, ("ns",)) == ({}, 1) and not cache.runs
+    assert cache.take("runs", [a_run("r", version=1)]) == {}
+    assert cache.take("runs", [a_run("r", version=2)]) == {"uid-r": 2}
+    assert cache.prune("runs", {"uid-r"}, 40, ()) == 0
+    assert cache.prune("runs", (), 40, ("elsewhere",)) == 0
+    assert cache.prune("runs", (), 40, ("ns",)) == 1 and not cache.runs
 
 
 def test_claims_are_of_the_same_namespace_and_storage() -> None:

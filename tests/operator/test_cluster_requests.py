@@ -31,23 +31,23 @@ def begun(requests: Requests, monkeypatch: pytest.MonkeyPatch, *urls: str) -> li
 
 
 def test_every_list_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that will be empty; a watch and a look at what is served are none."""
-    told: list[int] = []
-    requests = Requests(lambda: told.append(1))
+    """Also one that will be empty; a look at what is served is none, and a watch is told apart."""
+    told: list[tuple[str, bool]] = []
+    requests = Requests(lambda path, watch: told.append((path.rpartition("/")[2], watch)))
     watch = f"{BATCH}/namespaces/a/jobs?watch=true&resourceVersion=1"
 
     begun(
         requests, monkeypatch, watch, BATCH, "https://api/apis", f"https://api/apis/{API_VERSION}"
     )
-    assert told == []
+    assert told == [("jobs", True)]
     lists = (f"{BATCH}/namespaces/a/jobs?limit=500", "https://api/api/v1/pods")
     begun(requests, monkeypatch, *lists, f"https://api/apis/{API_VERSION}/btxruns")
-    assert len(told) == 3
+    assert told[1:] == [("jobs", False), ("pods", False), ("btxruns", False)]
 
 
 def test_repetitions_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ever longer, up to a limit; each kind for itself; not after a watch that lasted."""
-    requests = Requests(lambda: None)
+    requests = Requests(lambda path, watch: None)
     jobs, pods = f"{BATCH}/jobs?watch=true", "https://api/api/v1/pods?watch=true"
 
     assert begun(requests, monkeypatch, *[jobs] * 8) == [0, 0.1, 0.2, 0.4, 0.8, 1.6, 2, 2]

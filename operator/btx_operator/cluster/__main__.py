@@ -1,6 +1,7 @@
 """`python -m btx_operator.cluster`: the operator. Exits 0 after SIGTERM, 78 if it cannot begin."""
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -64,6 +65,8 @@ async def _main(found: Settings) -> int:
 
 def main() -> int:
     """Reads the settings, connects, works until it is told to end."""
+    # The cache is large and lives on: walking it at every thousandth object is half of all work.
+    gc.set_threshold(20_000, 20, 50)
     try:
         found = settings.read()
         _log(found)

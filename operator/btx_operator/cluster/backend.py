@@ -110,7 +110,7 @@ class ClusterBackend:
         line = status.line()
         body = {
             "apiVersion": API_VERSION, "kind": KIND, "metadata": meta,
-            "spec": json.loads(found.spec_json), "status": json.loads(line),
+            "spec": found.stored_spec, "status": json.loads(line),
         }  # fmt: skip
         try:
             stored = await self.kube.replace_status(RUNS, key[0], body)
@@ -195,7 +195,7 @@ class ClusterBackend:
 
     async def _list_pods(self, record: Record) -> None:
         selector = f"batch.kubernetes.io/controller-uid={record.uid}"
-        items, _ = await self.kube.list(PODS, record.origin.key[0], selector)
+        items = await self.kube.list(PODS, record.origin.key[0], selector)
         for item in items:
             self.cache.put_pod(item)
         there = {item["metadata"]["uid"] for item in items}
@@ -203,6 +203,11 @@ class ClusterBackend:
             meta = {"uid": pod.uid, "namespace": record.origin.key[0], "name": pod.name}
             self.cache.drop_pod({"metadata": meta | {"resourceVersion": str(pod.version)}})
         record.complete_pods = True
+
+    def rest(self, key: Key) -> None:
+        """After a step: what was kept for its writes alone."""
+        self._observed.pop(key, None)
+        self._written.discard(key)
 
     def due(self, key: Key) -> float | None:
         """Seconds until a pod that should be gone is given up."""

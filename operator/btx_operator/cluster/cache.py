@@ -5,11 +5,11 @@ Fed by watch events (handlers.py), by full lists (resync.py) and by the answers 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from btx_api.status import ACTIVE, State, Status
+from btx_api.status import ACTIVE, Status
 
 from btx_operator.cluster.objects import (
     JobObject,
@@ -20,7 +20,7 @@ from btx_operator.cluster.objects import (
     RunObject,
     version_of,
 )
-from btx_operator.observed import Claim, storage_key
+from btx_operator.observed import Claim
 
 Object = Mapping[str, Any]
 Group = tuple[str, str, str]
@@ -41,7 +41,7 @@ class Cache:
         self._tombs: OrderedDict[str, None] = OrderedDict()
         self._reserved: dict[Key, Status] = {}
         self._claims: dict[tuple[Group, str], set[Key]] = {}
-        self._digests: dict[Key, tuple[Group, dict[str, State]]] = {}
+        self._digests: dict[Key, tuple[Group, Mapping[str, str]]] = {}
 
     # Runs ---------------------------------------------------------------------------------------
 
@@ -54,12 +54,12 @@ class Cache:
         run = RunObject.of(item)
         if old and old.uid != uid:
             self.drop_run({"metadata": {**item["metadata"], "uid": old.uid}})
-        elif old and old.spec_json == run.spec_json:
+        elif old and old.packed_spec == run.packed_spec:
             # Reading a spec costs more than all the rest.
             run.adopt(old)
         self.runs[key] = run
         self._reserved.pop(key, None)
-        self._index(run, run.status)
+        self._index(run, run.states)
         self._changed(key)
         return True
 
@@ -78,21 +78,19 @@ class Cache:
     def reserve(self, key: Key, status: Status) -> None:
         """From now on others see these rows as claims; until `release`, or a newer object."""
         self._reserved[key] = status
-        self._index(self.runs[key], status)
+        self._index(self.runs[key], {row.digest: row.state for row in status.stages})
 
     def release(self, key: Key) -> None:
         """Claims are those of the stored status again."""
         if self._reserved.pop(key, None) is not None:
-            self._index(self.runs[key], self.runs[key].status)
+            self._index(self.runs[key], self.runs[key].states)
 
-    def _index(self, run: RunObject, status: Status) -> None:
+    def _index(self, run: RunObject, states: Mapping[str, str]) -> None:
         """Who claims which digest; wakes those who share one that is in another state now."""
         before = self._digests.get(run.key)
-        spec = run.spec
-        group = (run.key[0], *storage_key(spec)) if spec else before and before[0]
+        group = (run.key[0], *run.storage) if run.storage else before and before[0]
         if not group:
             return
-        states = {row.digest: row.state for row in status.stages}
         old = before[1] if before and before[0] == group else {}
         if before and before[0] != group:
             self._unindex(run.key)
@@ -230,28 +228,27 @@ class Cache:
 
     # Lists --------------------------------------------------------------------------------------
 
-    def replace(
-        self, kind: str, items: Iterable[Object], version: int, namespaces: tuple[str, ...]
-    ) -> tuple[dict[str, int], int]:
-        """Takes a full list of one kind, made at `version`.
-
-        What the list lacks is removed, unless it is newer than the list. Returns what was news, by
-        uid with its version, and how much was removed.
-        """
+    def take(self, kind: str, items: Iterable[Object]) -> dict[str, int]:
+        """Part of a full list of one kind; what was news, by uid with its version."""
         put = {"runs": self.put_run, "jobs": self.put_job, "pods": self.put_pod}[kind]
+        return {item["metadata"]["uid"]: version_of(item) for item in items if put(item)}
+
+    def prune(
+        self, kind: str, there: Container[str], version: int, namespaces: tuple[str, ...]
+    ) -> int:
+        """Removes what a full list made at `version` lacks and is not newer; returns how much.
+
+        `there` has the uids of the list, `namespaces` are those that were listed (none: all).
+        """
         drop = {"runs": self.drop_run, "jobs": self.drop_job, "pods": self.drop_pod}[kind]
-        there, news, removed = set(), {}, 0
-        for item in items:
-            there.add(item["metadata"]["uid"])
-            if put(item):
-                news[item["metadata"]["uid"]] = version_of(item)
+        removed = 0
         for item in self._stored(kind):
             meta = item["metadata"]
             inside = not namespaces or meta["namespace"] in namespaces
             if inside and meta["uid"] not in there and int(meta["resourceVersion"]) <= version:
                 drop(item)
                 removed += 1
-        return news, removed
+        return removed
 
     def _stored(self, kind: str) -> list[Object]:
         """As much of each object as its removal needs."""

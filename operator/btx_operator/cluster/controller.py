@@ -60,11 +60,11 @@ class Controller:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.health.keep_beating(), name="beat")
+                group.create_task(self._watch())
                 await self.resync.prime()
                 log.info("%d runs, %d Jobs", len(self.cache.runs), len(self.cache.records))
                 parts: list[Coroutine[Any, Any, None]] = [
-                    self._watch(), self.resync.keep_listing(),
-                    self.book.keep_pulling(self.queue.add),
+                    self.resync.keep_listing(), self.book.keep_pulling(self.queue.add),
                     *(self._work() for _ in range(self.settings.workers)),
                     *(self.poster.keep_posting() for _ in range(POSTERS)),
                 ]  # fmt: skip
@@ -75,7 +75,7 @@ class Controller:
 
     async def _watch(self) -> None:
         """kopf, begun anew when it gives up: it raises on errors that pass; raises Stopped."""
-        found = handlers.registry(self.cache, self.kube, self.resync.heard, self.resync.soon)
+        found = handlers.registry(self.cache, self.kube, self.resync.heard, self.resync.asked)
         ends: list[float] = []
         while True:
             try:
@@ -114,7 +114,10 @@ class Controller:
     async def _step(self, key: Key) -> str:
         """One reconcile; returns its result for the metric."""
         await self.backend.prepare(key)
-        after = await reconcile(self.backend, "/".join(key), time.time)
+        try:
+            after = await reconcile(self.backend, "/".join(key), time.time)
+        finally:
+            self.backend.rest(key)
         if key not in self.cache.runs:
             self.queue.forget(key)
             return "gone"

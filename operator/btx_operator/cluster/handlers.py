@@ -15,7 +15,7 @@ import kopf
 from btx_api.names import GROUP, PLURAL, RUN_LABEL, VERSION
 
 from btx_operator.cluster.cache import Cache
-from btx_operator.cluster.kube import Kube, credentials
+from btx_operator.cluster.kube import PAGE, UNPACKED, Kube, credentials
 
 log = logging.getLogger(__name__)
 
@@ -30,22 +30,25 @@ class Backoffs:
 
 
 class Requests:
-    """What kopf asks the API server: told of each list, and at most every few seconds the same."""
+    """What kopf asks the API server: at most every few seconds the same.
+
+    `told` of each list and watch of a kind's path, before it is sent, and whether it is a watch.
+    """
 
     CALM = 5.0
     """Seconds between two equal requests that need no delay: a watch that lasts so long is well."""
     FIRST, LAST = 0.1, 2.0
     """Delay of the first repetition and of all later ones, doubled from one to the next."""
 
-    def __init__(self, listed: Callable[[], None]) -> None:
-        self._listed = listed
+    def __init__(self, told: Callable[[str, bool], None]) -> None:
+        self._told = told
         self._last: dict[tuple[str, bool], tuple[float, float]] = {}
 
     async def begin(self, _: Any, __: Any, request: aiohttp.TraceRequestStartParams) -> None:
         """Called by aiohttp before a request is sent."""
         path, watches = request.url.path, "watch" in request.url.query
-        if not watches and path.rpartition("/")[2] in (PLURAL, "jobs", "pods"):
-            self._listed()
+        if path.rpartition("/")[2] in (PLURAL, "jobs", "pods"):
+            self._told(path, watches)
         now = asyncio.get_running_loop().time()
         time, delay = self._last.get((path, watches), (now - self.CALM, 0.0))
         hasty = now - time < self.CALM
@@ -59,17 +62,17 @@ class Requests:
         trace.on_request_start.append(self.begin)
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=server.as_ssl_context()),
-            headers=server.as_http_headers(),
+            headers=server.as_http_headers() | UNPACKED,
             trace_configs=[trace],
         )
         return kopf.AiohttpSession(server=server.server, aiohttp_session=session)
 
 
 def registry(
-    cache: Cache, kube: Kube, heard: Callable[[Any], None], listed: Callable[[], None]
+    cache: Cache, kube: Kube, heard: Callable[[Any], None], asked: Callable[[str, bool], None]
 ) -> kopf.OperatorRegistry:
-    """Handlers of the three kinds. `heard` gets every object; `listed` when kopf lists anew."""
-    found, requests = kopf.OperatorRegistry(), Requests(listed)
+    """Handlers of the three kinds. `heard` gets every object; `asked`: see Requests."""
+    found, requests = kopf.OperatorRegistry(), Requests(asked)
     feeds = {
         (GROUP, VERSION, PLURAL): (cache.put_run, cache.drop_run),
         ("batch", "v1", "jobs"): (cache.put_job, cache.drop_job),
@@ -143,12 +146,14 @@ def watching() -> kopf.OperatorSettings:
     settings.posting.enabled = False
     settings.scanning.disabled = True
     settings.peering.standalone = True
-    settings.watching.chunk_size = 500
+    settings.watching.chunk_size = PAGE
     settings.watching.server_timeout = 290
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = 70
     for resource in (("batch", "v1", "jobs"), ("", "v1", "pods")):
         settings.watching.label_selectors[resource] = RUN_LABEL
+    # A worker keeps its object's last event, sixty times as large as what the cache takes of it.
+    settings.queueing.idle_timeout = 0.1
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 10
     settings.networking.error_backoffs = Backoffs()

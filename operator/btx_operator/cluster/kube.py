@@ -6,7 +6,7 @@ The only module that imports `kubernetes`. Nothing is retried here: the work que
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,10 @@ from kubernetes.aio.client.exceptions import ApiException
 Object = dict[str, Any]
 TIMEOUT = 30.0
 """Seconds for one request."""
-PAGE = 500
+PAGE = 100
+"""Objects read at once: what is held beside the cache, and how long the loop stands still."""
+UNPACKED = {"Accept-Encoding": "identity"}
+"""Packing a list costs both sides more than the network that it spares."""
 METHODS = {"create": "POST", "update": "PUT", "delete": "DELETE", "patch": "PATCH"}
 """By verb; all others are GET."""
 TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
@@ -80,19 +83,26 @@ class Kube:
         """Closes the connections."""
         await self._api.close()
 
-    async def list(
+    async def pages(
         self, resource: Resource, namespace: str = "", selector: str = ""
-    ) -> tuple[list[Object], int]:
-        """All objects at one moment, and its resourceVersion; consistent, in pages."""
-        items: list[Object] = []
+    ) -> AsyncIterator[tuple[list[Object], int]]:
+        """All objects at one moment, page by page, each with the resourceVersion of the whole."""
         query = {"limit": str(PAGE)} | ({"labelSelector": selector} if selector else {})
         while True:
             page = await self.request("list", resource, namespace, query=query)
-            items += page.get("items") or []
-            token = page["metadata"].get("continue")
-            if not token:
-                return items, int(page["metadata"]["resourceVersion"])
-            query["continue"] = token
+            meta = page["metadata"]
+            yield page.get("items") or [], int(meta["resourceVersion"])
+            if not meta.get("continue"):
+                return
+            query["continue"] = meta["continue"]
+
+    async def list(
+        self, resource: Resource, namespace: str = "", selector: str = ""
+    ) -> list[Object]:
+        """All objects at one moment, where they are few."""
+        return [
+            item async for items, _ in self.pages(resource, namespace, selector) for item in items
+        ]
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Object:
         """One object."""
@@ -171,6 +181,7 @@ class Kube:
         method = METHODS.get(verb, "GET")
         patch = "merge-patch+" if verb == "patch" else ""
         headers = {"Accept": "application/json", "Content-Type": f"application/{patch}json"}
+        headers |= UNPACKED
         auth = ["BearerToken"]
         await self._api.update_params_for_auth(headers, [], auth, path, method, body)
         answer = await self._api.rest_client.request(

@@ -5,6 +5,7 @@ thousands are held in memory.
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -25,6 +26,8 @@ from btx_api.spec import BTXRunSpec, explain
 from btx_api.status import ConditionType, Status
 from pydantic import ValidationError
 
+from btx_operator.observed import place_of
+
 Object = Mapping[str, Any]
 Key = tuple[str, str]
 """Namespace and name of a run."""
@@ -42,7 +45,7 @@ def version_of(item: Object) -> int:
 
 @dataclass(slots=True)
 class RunObject:
-    """A BTXRun. Its spec and status are kept as JSON and read when they are asked for."""
+    """A BTXRun. Its spec and status are kept as packed JSON and read when they are asked for."""
 
     key: Key
     uid: str
@@ -52,12 +55,16 @@ class RunObject:
     deleting: bool
     refresh: str
     retry: str
-    spec_json: str
-    status_json: str
+    packed_spec: bytes
+    packed_status: bytes
     state: str
     """Of its status, for display."""
     ended: bool
     """Succeeded or failed, by its status."""
+    storage: tuple[str, str] | None
+    """storage_key of its spec."""
+    states: dict[str, str]
+    """State of each stage, by digest."""
     _spec: BTXRunSpec | None = None
     _problems: tuple[str, ...] = ()
     _status: Status | None = None
@@ -68,6 +75,8 @@ class RunObject:
         meta = item["metadata"]
         notes = meta.get("annotations") or {}
         status = item.get("status") or {}
+        storage = (item.get("spec") or {}).get("storage") or {}
+        uri, rows = storage.get("uri"), status.get("stages") or []
         return cls(
             key=(meta["namespace"], meta["name"]),
             uid=meta["uid"],
@@ -77,21 +86,29 @@ class RunObject:
             deleting="deletionTimestamp" in meta,
             refresh=notes.get(REFRESH_ANNOTATION, ""),
             retry=notes.get(RETRY_ANNOTATION, ""),
-            spec_json=json.dumps(item.get("spec"), separators=(",", ":")),
-            status_json=json.dumps(status, separators=(",", ":")),
+            packed_spec=_packed(item.get("spec")),
+            packed_status=_packed(status),
             state=status.get("state", ""),
             ended=any(
                 c["type"] == ConditionType.SUCCEEDED and c["status"] != "Unknown"
                 for c in status.get("conditions") or []
             ),
+            # Read here: of a thousand runs that ended, spec and status are never asked for.
+            storage=place_of(storage.get("endpoint"), uri) if uri else None,
+            states={row.get("digest", ""): row.get("state", "") for row in rows},
         )
+
+    @property
+    def stored_spec(self) -> Any:
+        """As the API server has it."""
+        return json.loads(zlib.decompress(self.packed_spec))
 
     @property
     def spec(self) -> BTXRunSpec | None:
         """None when it cannot be read; then `problems` says why."""
         if self._spec is None and not self._problems:
             try:
-                self._spec = BTXRunSpec.parse(json.loads(self.spec_json))
+                self._spec = BTXRunSpec.parse(self.stored_spec)
             except ValidationError as error:
                 self._problems = tuple(explain(error))
         return self._spec
@@ -106,7 +123,7 @@ class RunObject:
         """As it is stored. One of a release that we cannot read counts as none."""
         if self._status is None:
             try:
-                self._status = Status.parse(json.loads(self.status_json))
+                self._status = Status.parse(json.loads(zlib.decompress(self.packed_status)))
             except ValidationError:
                 self._status = Status()
         return self._status
@@ -118,6 +135,10 @@ class RunObject:
     def forget(self) -> None:
         """Drops what can be read again: of a run that ended nobody asks."""
         self._spec, self._problems, self._status = None, (), None
+
+
+def _packed(value: Any) -> bytes:
+    return zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
 
 
 @dataclass(frozen=True, slots=True)

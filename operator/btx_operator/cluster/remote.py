@@ -30,7 +30,7 @@ class Remote:
         """All that can be read, by name."""
 
         async def ask(kube: Kube, namespace: str) -> list[dict[str, Any]]:
-            return (await kube.list(RUNS, namespace))[0]
+            return await kube.list(RUNS, namespace)
 
         found = [RunObject.of(item) for item in self._do(ask)]
         return [_saved(run) for run in found if run.spec is not None]

@@ -27,6 +27,8 @@ SETTLE_SECONDS = 2.0
 """From a sign of a gap to the list, so that a burst of signs is one list."""
 SUSPECT_SECONDS = 30.0
 """Until the next list, while a watch has not told what a list has."""
+BEGIN_SECONDS = 10.0
+"""The first lists wait at most so long for the watches: what those tell is not lost between."""
 DEAD_SECONDS = 150.0
 """After which it never will: kopf notices a watch without a sign of life in half of it."""
 
@@ -40,7 +42,8 @@ class Resync:
 
     def __init__(self, kube: Kube, cache: Cache, settings: Settings, meters: Meters) -> None:
         self._kube, self._cache, self._settings, self._meters = kube, cache, settings, meters
-        self._wanted = asyncio.Event()
+        self._wanted, self._watched = asyncio.Event(), asyncio.Event()
+        self._paths: dict[str, bool] = {}
         self._unheard: dict[str, tuple[int, float]] = {}
         self.primed = False
         """All kinds were listed once: what the cache lacks is not there."""
@@ -49,6 +52,14 @@ class Resync:
         """There may have been a gap."""
         self._wanted.set()
 
+    def asked(self, path: str, watch: bool) -> None:
+        """A watcher lists a path anew, or watches it from where its list ended."""
+        self._paths[path] = watch
+        if not watch:
+            self.soon()
+        elif sum(self._paths.values()) >= len(KINDS) * max(1, len(self._settings.namespaces)):
+            self._watched.set()
+
     def heard(self, item: Object) -> None:
         """A watch told of an object."""
         uid = item["metadata"]["uid"]
@@ -56,9 +67,13 @@ class Resync:
             del self._unheard[uid]
 
     async def prime(self) -> None:
-        """The first lists; tried until they come."""
+        """The first lists, once the watches have begun; tried until they come."""
         delay = 0.5
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BEGIN_SECONDS):
+                await self._watched.wait()
         while not self.primed:
+            self._wanted.clear()
             try:
                 await self.all()
                 self.primed = True
@@ -75,12 +90,15 @@ class Resync:
     async def _one(self, kind: str) -> None:
         resource, selector = KINDS[kind]
         namespaces = self._settings.namespaces
-        items, versions = [], []
+        news: dict[str, int] = {}
+        there: set[str] = set()
+        versions = []
         for namespace in namespaces or ("",):
-            found, version = await self._kube.list(resource, namespace, selector)
-            items += found
-            versions.append(version)
-        news, removed = self._cache.replace(kind, items, min(versions), namespaces)
+            async for items, version in self._kube.pages(resource, namespace, selector):
+                news |= self._cache.take(kind, items)
+                there.update(item["metadata"]["uid"] for item in items)
+                versions.append(version)
+        removed = self._cache.prune(kind, there, min(versions), namespaces)
         self._meters["cache_listed"].labels(kind).set(time.time())
         if self.primed:
             self._meters["cache_drift"].inc(len(news) + removed)
