@@ -54,3 +54,13 @@ def test_repetitions_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert begun(requests, monkeypatch, pods, pods) == [0, 0.1]
     monkeypatch.setattr(requests, "CALM", -1000.0)
     assert begun(requests, monkeypatch, jobs) == [0]
+
+
+def test_the_pages_of_a_list_are_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of Jobs are many pages: none of them waits, and only the first is told of."""
+    told: list[str] = []
+    requests = Requests(lambda path, watch: told.append(path))
+    pages = [f"{BATCH}/jobs?limit=100&continue={number}" for number in range(20)]
+
+    assert begun(requests, monkeypatch, f"{BATCH}/jobs?limit=100", *pages) == [0]
+    assert len(told) == 1

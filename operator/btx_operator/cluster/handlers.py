@@ -46,6 +46,8 @@ class Requests:
 
     async def begin(self, _: Any, __: Any, request: aiohttp.TraceRequestStartParams) -> None:
         """Called by aiohttp before a request is sent."""
+        if "continue" in request.url.query:
+            return  # the next page of a list
         path, watches = request.url.path, "watch" in request.url.query
         if path.rpartition("/")[2] in (PLURAL, "jobs", "pods"):
             self._told(path, watches)
