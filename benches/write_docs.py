@@ -16,9 +16,8 @@ ratio is ours divided by the peer's, both medians, with the smallest and largest
 round beside it. Repeat one with `make bench-NAME`. The peers have a virtual environment of their
 own, pinned by `benches/peers.txt`.
 
-**Not measured: every GPU figure** (throughput, utilisation, memory and checkpoint stalls on
-accelerators, more than one node). The figures below are of two processor cores that share a host
-with others; the ratios travel better than the seconds.
+What was seen on a GPU, once and not to the end, is in [gpu.md](gpu.md). The figures below are of two
+processor cores that share a host with others; the ratios travel better than the seconds.
 """
 SECTIONS = {
     "operator": (
@@ -83,8 +82,8 @@ size during its forward and backward pass in fp32, weight gradient included, bes
 `F.cross_entropy` on all logits.
 
 `make bench-train DEVICE=cuda` runs the same with 1.1 B parameters on a GPU, and adds MFU (of 989
-TFLOPS, dense bf16), peak memory and the longest step, which is a checkpoint's stall. It has not
-been run: those figures are unmeasured.""",
+TFLOPS, dense bf16), peak memory and the longest step, which is a checkpoint's stall; what is known
+of it is in [gpu.md](gpu.md).""",
     ),
 }
 
