@@ -75,7 +75,8 @@ class Controller:
 
     async def _watch(self) -> None:
         """kopf, begun anew when it gives up: it raises on errors that pass; raises Stopped."""
-        found = handlers.registry(self.cache, self.kube, self.resync.heard, self.resync.asked)
+        requests = handlers.Requests(self.resync.asked, self.resync.lost)
+        found = handlers.registry(self.cache, self.kube, self.resync.heard, requests)
         ends: list[float] = []
         while True:
             try:

@@ -32,7 +32,8 @@ class Backoffs:
 class Requests:
     """What kopf asks the API server: at most every few seconds the same.
 
-    `told` of each list and watch of a kind's path, before it is sent, and whether it is a watch.
+    `told` of each list and watch of a kind's path, before it is sent, and whether it is a watch;
+    `lost` of each that could not be answered.
     """
 
     CALM = 5.0
@@ -40,8 +41,8 @@ class Requests:
     FIRST, LAST = 0.1, 2.0
     """Delay of the first repetition and of all later ones, doubled from one to the next."""
 
-    def __init__(self, told: Callable[[str, bool], None]) -> None:
-        self._told = told
+    def __init__(self, told: Callable[[str, bool], None], lost: Callable[[str], None]) -> None:
+        self._told, self._lost = told, lost
         self._last: dict[tuple[str, bool], tuple[float, float]] = {}
 
     async def begin(self, _: Any, __: Any, request: aiohttp.TraceRequestStartParams) -> None:
@@ -49,7 +50,7 @@ class Requests:
         if "continue" in request.url.query:
             return  # the next page of a list
         path, watches = request.url.path, "watch" in request.url.query
-        if path.rpartition("/")[2] in (PLURAL, "jobs", "pods"):
+        if _of_a_kind(path):
             self._told(path, watches)
         now = asyncio.get_running_loop().time()
         time, delay = self._last.get((path, watches), (now - self.CALM, 0.0))
@@ -58,10 +59,17 @@ class Requests:
         self._last[path, watches] = (now + delay, delay)
         await asyncio.sleep(delay)
 
+    async def fail(self, _: Any, __: Any, request: aiohttp.TraceRequestExceptionParams) -> None:
+        """Called by aiohttp when there is no answer."""
+        # Where kopf waits for new credentials while it is ending, it waits for ever.
+        if _of_a_kind(request.url.path):
+            self._lost(request.url.path)
+
     def session(self, server: kopf.ConnectionInfo) -> kopf.AiohttpSession:
         """As kopf would make it, but for the trace; kopf closes it."""
         trace = aiohttp.TraceConfig()
         trace.on_request_start.append(self.begin)
+        trace.on_request_exception.append(self.fail)
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=server.as_ssl_context()),
             headers=server.as_http_headers() | UNPACKED,
@@ -70,11 +78,15 @@ class Requests:
         return kopf.AiohttpSession(server=server.server, aiohttp_session=session)
 
 
+def _of_a_kind(path: str) -> bool:
+    return path.rpartition("/")[2] in (PLURAL, "jobs", "pods")
+
+
 def registry(
-    cache: Cache, kube: Kube, heard: Callable[[Any], None], asked: Callable[[str, bool], None]
+    cache: Cache, kube: Kube, heard: Callable[[Any], None], requests: Requests
 ) -> kopf.OperatorRegistry:
-    """Handlers of the three kinds. `heard` gets every object; `asked`: see Requests."""
-    found, requests = kopf.OperatorRegistry(), Requests(asked)
+    """Handlers of the three kinds. `heard` gets every object."""
+    found = kopf.OperatorRegistry()
     feeds = {
         (GROUP, VERSION, PLURAL): (cache.put_run, cache.drop_run),
         ("batch", "v1", "jobs"): (cache.put_job, cache.drop_job),

@@ -43,7 +43,8 @@ class Resync:
     def __init__(self, kube: Kube, cache: Cache, settings: Settings, meters: Meters) -> None:
         self._kube, self._cache, self._settings, self._meters = kube, cache, settings, meters
         self._wanted, self._watched = asyncio.Event(), asyncio.Event()
-        self._paths: dict[str, bool] = {}
+        self._paths: dict[str, tuple[bool, float]] = {}
+        """Of the watchers: whether it is watched, and when it was asked for last."""
         self._unheard: dict[str, tuple[int, float]] = {}
         self.primed = False
         """All kinds were listed once: what the cache lacks is not there."""
@@ -54,11 +55,17 @@ class Resync:
 
     def asked(self, path: str, watch: bool) -> None:
         """A watcher lists a path anew, or watches it from where its list ended."""
-        self._paths[path] = watch
+        self._paths[path] = watch, time.monotonic()
+        watched = sum(watching for watching, _ in self._paths.values())
         if not watch:
             self.soon()
-        elif sum(self._paths.values()) >= len(KINDS) * max(1, len(self._settings.namespaces)):
+        elif watched >= len(KINDS) * max(1, len(self._settings.namespaces)):
             self._watched.set()
+
+    def lost(self, path: str) -> None:
+        """A watcher got no answer; it should ask again."""
+        self._paths[path] = False, self._paths.get(path, (False, time.monotonic()))[1]
+        self.soon()
 
     def heard(self, item: Object) -> None:
         """A watch told of an object."""
@@ -110,7 +117,9 @@ class Resync:
     async def keep_listing(self) -> None:
         """For ever; raises WatchDead."""
         while True:
-            await self._gap(SUSPECT_SECONDS if self._unheard else self._settings.resync_seconds)
+            blind = any(not watching for watching, _ in self._paths.values())
+            suspect = blind or self._unheard
+            await self._gap(SUSPECT_SECONDS if suspect else self._settings.resync_seconds)
             self._judge()
             await asyncio.sleep(SETTLE_SECONDS)
             try:
@@ -119,10 +128,14 @@ class Resync:
                 log.warning("cannot list: %s", error)
 
     def _judge(self) -> None:
+        now = time.monotonic()
+        for path, (watching, asked) in self._paths.items():
+            if not watching and now - asked > DEAD_SECONDS:
+                raise WatchDead(f"{path}: nobody has asked for it for {now - asked:.0f} s")
         # What is gone by now no watch will tell of in that version.
         there = self._cache.uids()
         self._unheard = {uid: since for uid, since in self._unheard.items() if uid in there}
-        waited = [time.monotonic() - since for _, since in self._unheard.values()]
+        waited = [now - since for _, since in self._unheard.values()]
         if waited and max(waited) > DEAD_SECONDS:
             raise WatchDead(
                 f"{len(waited)} objects are known from lists only, for {max(waited):.0f} s"
