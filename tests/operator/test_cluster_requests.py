@@ -9,7 +9,7 @@ from btx_operator.cluster.cache import Cache
 from btx_operator.cluster.handlers import Requests
 from btx_operator.cluster.kube import Kube
 from btx_operator.cluster.meters import Meters
-from btx_operator.cluster.resync import DEAD_SECONDS, Resync, WatchDead
+from btx_operator.cluster.resync import SILENT_SECONDS, Resync, WatchDead
 from btx_operator.cluster.settings import Settings
 from kubernetes.aio.client import Configuration
 from multidict import CIMultiDict
@@ -80,14 +80,16 @@ def test_a_watcher_that_never_asks_again_ends_the_process(monkeypatch: pytest.Mo
     async def scene() -> None:
         kube, settings = Kube(Configuration()), Settings(trainer_image="trainer")
         resync = Resync(kube, Cache(lambda key: None), settings, Meters())
-        resync.asked("/api/v1/pods", True)
-        now[0] += 10 * DEAD_SECONDS
-        resync._judge()
-        resync.lost("/api/v1/pods")
         resync.asked("/api/v1/pods", False)
-        now[0] += DEAD_SECONDS - 1
+        now[0] += 10 * SILENT_SECONDS
         resync._judge()
-        now[0] += 2
+        for _ in range(3):
+            resync.lost("/api/v1/pods")
+            now[0] += SILENT_SECONDS - 1
+            resync._judge()
+            resync.asked("/api/v1/pods", False)
+        resync.lost("/api/v1/pods")
+        now[0] += SILENT_SECONDS + 1
         with pytest.raises(WatchDead, match="pods"):
             resync._judge()
         await kube.close()

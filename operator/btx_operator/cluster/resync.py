@@ -27,6 +27,8 @@ SETTLE_SECONDS = 2.0
 """From a sign of a gap to the list, so that a burst of signs is one list."""
 SUSPECT_SECONDS = 30.0
 """Until the next list, while a watch has not told what a list has."""
+SILENT_SECONDS = 20.0
+"""A watcher without an answer asks again within six."""
 BEGIN_SECONDS = 10.0
 """The first lists wait at most so long for the watches: what those tell is not lost between."""
 DEAD_SECONDS = 150.0
@@ -43,8 +45,10 @@ class Resync:
     def __init__(self, kube: Kube, cache: Cache, settings: Settings, meters: Meters) -> None:
         self._kube, self._cache, self._settings, self._meters = kube, cache, settings, meters
         self._wanted, self._watched = asyncio.Event(), asyncio.Event()
-        self._paths: dict[str, tuple[bool, float]] = {}
-        """Of the watchers: whether it is watched, and when it was asked for last."""
+        self._paths: dict[str, bool] = {}
+        """What the watchers ask for: whether it is watched."""
+        self._lost: dict[str, float] = {}
+        """Of these what got no answer and was not asked for again, since when."""
         self._unheard: dict[str, tuple[int, float]] = {}
         self.primed = False
         """All kinds were listed once: what the cache lacks is not there."""
@@ -55,16 +59,16 @@ class Resync:
 
     def asked(self, path: str, watch: bool) -> None:
         """A watcher lists a path anew, or watches it from where its list ended."""
-        self._paths[path] = watch, time.monotonic()
-        watched = sum(watching for watching, _ in self._paths.values())
+        self._lost.pop(path, None)
+        self._paths[path] = watch
         if not watch:
             self.soon()
-        elif watched >= len(KINDS) * max(1, len(self._settings.namespaces)):
+        elif sum(self._paths.values()) >= len(KINDS) * max(1, len(self._settings.namespaces)):
             self._watched.set()
 
     def lost(self, path: str) -> None:
         """A watcher got no answer; it should ask again."""
-        self._paths[path] = False, self._paths.get(path, (False, time.monotonic()))[1]
+        self._lost[path] = time.monotonic()
         self.soon()
 
     def heard(self, item: Object) -> None:
@@ -117,8 +121,7 @@ class Resync:
     async def keep_listing(self) -> None:
         """For ever; raises WatchDead."""
         while True:
-            blind = any(not watching for watching, _ in self._paths.values())
-            suspect = blind or self._unheard
+            suspect = self._lost or self._unheard
             await self._gap(SUSPECT_SECONDS if suspect else self._settings.resync_seconds)
             self._judge()
             await asyncio.sleep(SETTLE_SECONDS)
@@ -129,9 +132,9 @@ class Resync:
 
     def _judge(self) -> None:
         now = time.monotonic()
-        for path, (watching, asked) in self._paths.items():
-            if not watching and now - asked > DEAD_SECONDS:
-                raise WatchDead(f"{path}: nobody has asked for it for {now - asked:.0f} s")
+        for path, since in self._lost.items():
+            if now - since > SILENT_SECONDS:
+                raise WatchDead(f"{path}: no answer, and not asked for for {now - since:.0f} s")
         # What is gone by now no watch will tell of in that version.
         there = self._cache.uids()
         self._unheard = {uid: since for uid, since in self._unheard.items() if uid in there}
