@@ -6,7 +6,7 @@ kopf's watches, lists, answers --> cache --> queue --> workers: prepare, reconci
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from btx_operator.cluster import handlers
@@ -52,6 +52,7 @@ class Controller:
         )  # fmt: skip
         self.resync = Resync(kube, self.cache, settings, meters)
         self.health = Health(self.queue, meters, settings.workers)
+        self._primed = asyncio.Event()
         self.health.ready = lambda: self.resync.primed
 
     async def run(self) -> None:
@@ -60,18 +61,25 @@ class Controller:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.health.keep_beating(), name="beat")
+                parts: list[Callable[[], Coroutine[Any, Any, None]]] = [
+                    self.resync.keep_listing,
+                    lambda: self.book.keep_pulling(self.queue.add),
+                    *[self._work] * self.settings.workers,
+                    *[self.poster.keep_posting] * POSTERS,
+                ]
+                # Before kopf, which ends by cancelling every task that is younger than it.
+                for part in parts:
+                    group.create_task(self._once_primed(part))
                 group.create_task(self._watch())
                 await self.resync.prime()
                 log.info("%d runs, %d Jobs", len(self.cache.runs), len(self.cache.records))
-                parts: list[Coroutine[Any, Any, None]] = [
-                    self.resync.keep_listing(), self.book.keep_pulling(self.queue.add),
-                    *(self._work() for _ in range(self.settings.workers)),
-                    *(self.poster.keep_posting() for _ in range(POSTERS)),
-                ]  # fmt: skip
-                for part in parts:
-                    group.create_task(part)
+                self._primed.set()
         finally:
             await server.cleanup()
+
+    async def _once_primed(self, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        await self._primed.wait()
+        await part()
 
     async def _watch(self) -> None:
         """kopf, begun anew when it gives up: it raises on errors that pass; raises Stopped."""
