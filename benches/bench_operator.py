@@ -70,7 +70,9 @@ class JobWatch:
 
     def stages(self, prefix: str) -> list[str]:
         """Names of the Jobs whose stage begins so."""
-        return [n for n, found in self.labels.items() if found.get(STAGE, "").startswith(prefix)]
+        return [
+            n for n, found in list(self.labels.items()) if found.get(STAGE, "").startswith(prefix)
+        ]
 
     def stop(self) -> None:
         """Ends the watch at its next event."""
