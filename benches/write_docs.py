@@ -16,8 +16,8 @@ ratio is ours divided by the peer's, both medians, with the smallest and largest
 round beside it. Repeat one with `make bench-NAME`. The peers have a virtual environment of their
 own, pinned by `benches/peers.txt`.
 
-What was seen on a GPU, once and not to the end, is in [gpu.md](gpu.md). The figures below are of two
-processor cores that share a host with others; the ratios travel better than the seconds.
+What was seen on a GPU, once and not to the end, is in [gpu.md](gpu.md). The figures below are of
+two processor cores that share a host with others; the ratios travel better than the seconds.
 """
 SECTIONS = {
     "operator": (
