@@ -59,10 +59,8 @@ class ClusterBackend:
         """See reconcile.Backend."""
         key = key_of(run)
         found = self.cache.runs.get(key)
-        self._written.discard(key)
         if found is None or found.deleting:
             self._refused.pop(key, None)
-            self._observed.pop(key, None)
             return None
         self._observed[key] = found.uid, found.spec
         self.cache.release(key)

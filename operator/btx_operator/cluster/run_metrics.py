@@ -125,8 +125,8 @@ def _flops_per_token(run: LiveRun, row: Row) -> float:
 
 def ended(before: Status, after: Status, spec: BTXRunSpec | None, now: float) -> Iterator[Sample]:
     """Attempts that ended between two statuses: count, running time, GPU-seconds; reused stages."""
-    old = {(row.name, row.digest): row for row in _rows(before)}
-    for row in _rows(after):
+    old = {(row.name, row.digest): row for row in before.rows}
+    for row in after.rows:
         kind = row.name.partition("-")[0]
         known = old.get((row.name, row.digest), Row(name=row.name, digest=row.digest))
         newly = row.state is State.COMPLETE and known.state is not State.COMPLETE
@@ -144,10 +144,6 @@ def ended(before: Status, after: Status, spec: BTXRunSpec | None, now: float) ->
         yield Sample(metric=ENGINE["attempt_seconds"], labels={"kind": kind}, value=seconds)
         gpus = gpus_of(spec, row.name) if spec else 0
         yield Sample(metric=ENGINE["gpu_seconds"], labels={"kind": kind}, value=gpus * seconds)
-
-
-def _rows(status: Status) -> tuple[Row, ...]:
-    return (*status.stages, *(() if status.preflight is None else (status.preflight,)))
 
 
 def outcome_of(before: Row, after: Row) -> Outcome | None:
