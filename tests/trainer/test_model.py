@@ -12,6 +12,7 @@ from btx_trainer.model import (
     chunked_cross_entropy,
     forward_hidden,
     freeze,
+    is_expert,
     load_model,
     new_model,
     parameter_groups,
@@ -21,6 +22,7 @@ from dense import LAYERS, OWN, TARGETS, VOCABULARY, dense_config, moe_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 EXPERTS, WINDOW = 4, 6
@@ -199,6 +201,40 @@ def test_stock_code_gives_our_logits(tmp_path, target, method, implementation):
         expected = stock(ids, use_cache=False).logits
         logits = ours.lm_head(forward_hidden(ours, ids, positions))
     assert (logits - expected).abs().max() <= tolerance(expected)
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes of every grouped product's operands."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._grouped_mm.default:
+            self.dtypes += [args[0].dtype, args[1].dtype]
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("target", MOES)
+def test_experts_multiply_in_the_dtype_of_autocast(tmp_path, target):
+    """Forward and backward; fp32 would be many times slower on a GPU. Gradients stay fp32."""
+    save_model(new_model(FAMILIES[target], 0), tmp_path, torch.float32)
+    ids, positions = packed_inputs([tokens(40)])
+    hidden = {}
+    for implementation in ("grouped_mm", "eager"):
+        model = load_model(tmp_path, experts_implementation=implementation)
+        with Products() as seen:
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden[implementation] = forward_hidden(model, ids, positions)
+            hidden[implementation].float().square().sum().backward()
+        # A layer has two products, and each of them two more on the way back.
+        grouped = implementation == "grouped_mm"
+        assert seen.dtypes == [torch.bfloat16] * (12 * LAYERS if grouped else 0)
+        experts = [(n, p) for n, p in model.named_parameters() if is_expert(n)]
+        assert experts
+        assert all(p.grad.dtype == torch.float32 and p.grad.any() for _, p in experts)
+    torch.testing.assert_close(hidden["grouped_mm"], hidden["eager"], atol=0.05, rtol=0.05)
 
 
 def test_a_new_model_is_a_function_of_config_and_seed():
