@@ -50,6 +50,13 @@ LABEL org.opencontainers.image.title="BTX operator" org.opencontainers.image.lic
 USER 65532:65532
 ENTRYPOINT ["python", "-m", "btx_operator.cluster"]
 
+# A faster malloc for the tokenizers' processes (btx_trainer/processes.py looks for it here).
+FROM base AS allocator
+RUN { ls /usr/lib/*/libmimalloc.so.2 > /dev/null 2>&1 \
+      || { apt-get update -qq && apt-get install -qq -y --no-install-recommends libmimalloc2.0; }; } \
+ && install -D -m 0644 /usr/lib/*/libmimalloc.so.2 /allocator/libmimalloc.so.2 \
+ && touch -d @0 /allocator/libmimalloc.so.2
+
 FROM base AS trainer
 ARG SSL_CERT_FILE
 COPY --from=pins /pins/torch.txt /opt/btx/
@@ -60,6 +67,7 @@ COPY --from=pins /pins/trainer.txt /opt/btx/
 RUN --mount=type=bind,from=pins,source=/uv,target=/mnt \
     PYC_INVALIDATION_MODE=UNCHECKED_HASH /mnt/uv pip install --quiet --no-cache --no-deps \
       --python /opt/btx/bin/python --compile-bytecode --requirement /opt/btx/trainer.txt
+COPY --from=allocator /allocator/ /usr/local/lib/
 ENV HOME=/scratch TMPDIR=/scratch HF_HOME=/scratch/huggingface MPLCONFIGDIR=/scratch/matplotlib \
     TRITON_CACHE_DIR=/scratch/triton TORCHINDUCTOR_CACHE_DIR=/scratch/inductor
 COPY --from=pins /pins/METADATA /opt/btx/app/btx.dist-info/

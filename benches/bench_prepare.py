@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +33,12 @@ from btx_api.stage import (
     TaskExecution,
     recipe_of,
 )
-from btx_trainer.fingerprint import fingerprint_sources, fingerprint_tokenizer
+from btx_trainer.fingerprint import (
+    SETTLED_SECONDS,
+    fingerprint_sources,
+    fingerprint_tokenizer,
+)
+from btx_trainer.processes import allocator
 from btx_trainer.sources import CHUNK_BYTES
 
 FOLDER = common.RESULTS / "prepare"
@@ -40,10 +46,12 @@ SERIAL = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_
 TIMED = """
 import json, os, sys, time
 os.sched_setaffinity(0, json.loads(sys.argv[1]))
+def spent():
+    return sum(os.times()[:4])  # with that of children that have ended
 {imports}
-wall, cpu = time.perf_counter(), time.process_time()
+wall, cpu = time.perf_counter(), spent()
 {work}
-cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+cpu, wall = spent() - cpu, time.perf_counter() - wall
 print(json.dumps({{"wall": wall, "cpu": cpu}}))
 """
 OURS = TIMED.format(
@@ -88,8 +96,11 @@ def main() -> None:
     arguments = common.options(__doc__ or "")
     os.environ |= SERIAL | {"XDG_CACHE_HOME": str(FOLDER / "cache"), "HF_HUB_OFFLINE": "1"}
     corpus = Corpus.made(100_000 if arguments.tiny else BYTES)
-    rows = compare(corpus, arguments.rounds or (1 if arguments.tiny else 4))
-    common.finish("prepare", rows, tiny=arguments.tiny, packages=("tokenizers", "datasets"))
+    rows = compare(corpus, arguments.rounds or (1 if arguments.tiny else 9))
+    packages, malloc = ("tokenizers", "datasets"), os.path.realpath(allocator() or "glibc")
+    common.finish(
+        "prepare", rows, tiny=arguments.tiny, packages=packages, malloc=os.path.basename(malloc)
+    )
     shutil.rmtree(FOLDER)
 
 
@@ -116,6 +127,8 @@ class Corpus:
         halves = lines(FOLDER / "even.jsonl", texts[::2]), lines(FOLDER / "odd.jsonl", texts[1::2])
         tokenizer = trained(texts[::10], FOLDER / "tokenizer.json")
         print(f"{len(texts)} documents, {written / 1e6:.1f} MB", flush=True)
+        # Hashes are looked up, as after preflight: those of young files are not kept.
+        time.sleep(SETTLED_SECONDS)
         return cls(bytes=written, whole=whole, halves=halves, tokenizer=tokenizer)
 
 

@@ -27,6 +27,8 @@ PEERS = ROOT / "build/peers/bin"
 """Programs of the peers' own virtual environment (`make build/peers/.ready`)."""
 OURS = Path(sys.executable)
 POLL_SECONDS = 0.02
+SIZES = ("VmHWM", "RssAnon")
+"""What /proc/PID/status says of memory: the largest resident size, and what no file backs now."""
 BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
 """Nobody compiles the same sources in every process: an image has them compiled."""
 
@@ -73,7 +75,7 @@ def run(command: Sequence[str | Path], **environment: str) -> Sample:
         [str(part) for part in command], env={**os.environ, **BYTECODE, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    peaks = {"VmHWM": 0, "RssAnon": 0}
+    peaks = dict.fromkeys(SIZES, 0)
     watching = threading.Thread(target=_watch, args=(process.pid, peaks))
     watching.start()
     assert process.stdout
@@ -92,19 +94,36 @@ def run(command: Sequence[str | Path], **environment: str) -> Sample:
 
 
 def _watch(pid: int, peaks: dict[str, int]) -> None:
-    """Keeps the largest sizes (bytes) that the kernel tells of a process, until it ends."""
-    while True:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            return
-        found = dict(line.split(":", 1) for line in status.splitlines())
-        # A process that has ended has no memory, and is there until it was waited for.
-        if "VmHWM" not in found:
-            return
+    """Keeps the largest sizes (bytes) that the kernel tells of a process, until it ends.
+
+    With its children, each of which counts with its own.
+    """
+    while sizes := _sizes(pid):
+        family = [sizes, *filter(None, map(_sizes, _children(pid)))]
         for name, largest in peaks.items():
-            peaks[name] = max(largest, int(found[name].split()[0]) * 1024)
+            peaks[name] = max(largest, sum(member[name] for member in family))
         time.sleep(POLL_SECONDS)
+
+
+def _sizes(pid: int) -> dict[str, int]:
+    """Of a process, in bytes; nothing if it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return {}
+    found = dict(line.split(":", 1) for line in status.splitlines())
+    # A process that has ended has no memory, and is there until it was waited for.
+    return {name: int(found[name].split()[0]) * 1024 for name in SIZES if name in found}
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, tasks.read_text().split())
+        except OSError:
+            continue
+    return found
 
 
 def rounds(
@@ -158,14 +177,19 @@ def holds(value: float, goal: str) -> bool | None:
     return value <= float(bound) if sign == "<=" else value >= float(bound)
 
 
-def finish(name: str, rows: Sequence[Row], *, tiny: bool, packages: Iterable[str] = ()) -> None:
+def finish(
+    name: str, rows: Sequence[Row], *, tiny: bool, packages: Iterable[str] = (), **others: str
+) -> None:
     """Prints the table and writes `build/bench/<name>.json`, a list of rows.
 
-    Every row names the machine and the versions of Python and `packages`, peers' included.
+    Every row names the machine and the versions of Python and `packages`, peers' included, and of
+    `others`, which are no packages.
     """
     folder = RESULTS / "tiny" if tiny else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"machine": machine(), "versions": versions(packages), "date": time.strftime("%F")}
+    about = {
+        "machine": machine(), "versions": versions(packages) | others, "date": time.strftime("%F")
+    }  # fmt: skip
     path = folder / f"{name}.json"
     rows = [{**row, **about, **({"met": None} if tiny else {})} for row in rows]
     path.write_text(json.dumps(rows, indent=1) + "\n")

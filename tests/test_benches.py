@@ -69,4 +69,4 @@ def test_the_page_has_figures_and_says_what_is_missing(tmp_path):
     assert "| **missed** |" in page
     assert "Measured 2020-01-02 on a machine; python 3." in page
     assert "no `build/bench/prepare.json`" in page
-    assert "gpu.md" in page
+    assert "no `build/bench/train-gpu.json` (`make bench-train DEVICE=cuda`)" in page

@@ -26,7 +26,8 @@ TOOLS = ("buildah", "skopeo", "mmdebstrap")
 AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
 DAY = 86_400
 DEBIAN = (
-    "mmdebstrap", "--quiet", "--variant=minbase", "--include=ca-certificates,python3,python3-venv",
+    "mmdebstrap", "--quiet", "--variant=minbase", 
+    "--include=ca-certificates,python3,python3-venv,libmimalloc2.0",
     "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",
     "--dpkgopt=path-exclude=/usr/share/locale/*",
 )  # fmt: skip

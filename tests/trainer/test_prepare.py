@@ -1,8 +1,11 @@
 """prepare: sources in, token shards out; and tokenizers."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -24,10 +27,11 @@ from btx_api.stage import (
     TaskExecution,
     recipe_of,
 )
-from btx_trainer import shards
+from btx_trainer import processes, shards
 from btx_trainer.artifacts import Attempt, Outside, find
 from btx_trainer.errors import ConfigurationError, PreemptedError
 from btx_trainer.fingerprint import fingerprint_sources, fingerprint_tokenizer
+from btx_trainer.processes import TokenizerProcesses
 from btx_trainer.shards import Prepared
 from btx_trainer.stages import prepare
 from btx_trainer.storage import open_store
@@ -412,6 +416,73 @@ def test_bad_tokenizers(tmp_path, data, message):
         FileTokenizer(path)
     assert error.value.problem.field == str(path)
     assert "\n" not in str(error.value)
+
+
+def children_of(pid):
+    """Processes that it has started and that have not been waited for."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return {int(child) for task in tasks for child in task.read_text().split()}
+
+
+def test_tokenizer_processes_give_the_same_ids_and_end(bpe):
+    """A process for each thread that asks, each with one thread; none is left behind."""
+    stock, before = FileTokenizer(bpe), children_of(os.getpid())
+    batches = [[document(9 * n + i).encode() for i in range(n)] for n in range(8)]
+    batches.append(["Grüße, 世界! </s> <s>".encode(), b"\n"])
+    barrier = threading.Barrier(2)
+    with TokenizerProcesses(bpe, stock.eos) as apart, ThreadPoolExecutor(2) as pool:
+
+        def encode(texts):
+            barrier.wait(20)
+            return apart.encode(texts)
+
+        found = list(pool.map(encode, [*batches, batches[0]]))
+        mine = children_of(os.getpid()) - before
+        assert len(mine) == 2
+        for child in mine:
+            assert "\nThreads:\t1\n" in Path(f"/proc/{child}/status").read_text()
+    assert children_of(os.getpid()) == before
+    for texts, (ids, lengths) in zip(batches, found, strict=False):
+        expected = stock.encode(texts)
+        assert ids.tolist() == expected[0].tolist()
+        assert lengths.tolist() == expected[1].tolist()
+
+
+def test_a_tokenizer_process_uses_a_faster_malloc_where_there_is_one(bpe, monkeypatch):
+    """The library is in its memory; here any stands in for it, and without one it works as well."""
+    maps = Path("/proc/self/maps").read_text()
+    library = next(line.split()[-1] for line in maps.splitlines() if "/libstdc++.so" in line)
+    folder, name = os.path.split(library)
+    monkeypatch.setattr(processes, "ALLOCATOR", name)
+    for folders, there in (((folder,), True), ((), False)):
+        monkeypatch.setattr(processes, "FOLDERS", folders)
+        with TokenizerProcesses(bpe, 1) as apart:
+            assert apart.encode([b"the quick"])[1].sum() > 1
+            [process] = apart._all
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+            assert (b"LD_PRELOAD=" + library.encode() in environment) == there
+            if there:
+                assert library in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def test_a_killed_tokenizer_process_is_an_error_naming_the_file(tmp_path, bpe, monkeypatch):
+    """As by the kernel for want of memory: the stage fails, says so, and leaves no process."""
+    jsonl(tmp_path / "a.jsonl", [document(i) for i in range(300)])
+    before, encode = children_of(os.getpid()), TokenizerProcesses.encode
+
+    def killed(self, texts):
+        found = encode(self, texts)
+        for process in self._all:
+            process.kill()
+            process.wait()
+        return found
+
+    monkeypatch.setattr(TokenizerProcesses, "encode", killed)
+    monkeypatch.setattr("btx_trainer.sources.CHUNK_BYTES", 20_000)
+    with pytest.raises(OSError, match="a tokenizer process ended with -9") as error:
+        a_stage(tmp_path, {"uri": "a.jsonl"}, tokenizer=bpe, threads=2).run()
+    assert error.value.filename.endswith("tokenizer.json")
+    assert children_of(os.getpid()) == before
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """Chunks of records to encoded documents: which side of the held-out split, and token ids.
 
-Threads, because the tokenizer library works outside the interpreter's lock: 94 % of the time of a
-BPE tokenizer; two threads are as fast as two processes [measured], share it, and start at once.
-Called by stages/prepare.py.
+Threads, which do little more than wait where each has a process of its own (processes.py). Called
+by stages/prepare.py.
 """
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from btx_trainer.errors import ConfigurationError
 from btx_trainer.shards import Encoded
 from btx_trainer.sources import Chunk, documents
-from btx_trainer.tokenizer import Tokenizer
+from btx_trainer.tokenizer import Ids, Lengths
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -57,7 +56,8 @@ def held_out_limit(chunks: Iterable[Chunk], share: float, max_record_bytes: int)
 class Encoder:
     """What a chunk becomes; thread-safe."""
 
-    tokenizer: Tokenizer
+    encode: Callable[[Sequence[bytes]], tuple[Ids, Lengths]]
+    """See tokenizer.Tokenizer.encode."""
     limit: int
     """See `held_out_limit`."""
     max_record_bytes: int
@@ -65,7 +65,7 @@ class Encoder:
     def __call__(self, chunk: Chunk) -> tuple[Chunk, Encoded, str]:
         """The chunk; its documents; why the first undecodable record is undecodable."""
         found = documents(chunk, self.max_record_bytes)
-        tokens, lengths = self.tokenizer.encode(found.texts)
+        tokens, lengths = self.encode(found.texts)
         values = hashes(found.texts)
         encoded = Encoded(
             tokens=tokens,
@@ -80,7 +80,7 @@ class Encoder:
 
 def in_order(
     function: Callable[[Item], Made], items: Iterable[Item], threads: int
-) -> Iterator[Made]:
+) -> Generator[Made]:
     """`map` by so many threads, which run at most 2 x threads items ahead."""
     pool = ThreadPoolExecutor(threads)
     ahead: deque[Future[Made]] = deque()

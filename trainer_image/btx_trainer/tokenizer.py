@@ -8,7 +8,6 @@ special token is text. Called by encoding.py; `byte_tokenizer_files` by whoever 
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from btx_trainer import apart
 from btx_trainer.errors import ConfigurationError
 
 Ids = npt.NDArray[np.uint32]
@@ -77,14 +77,10 @@ class FileTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = apart.open_tokenizer(str(path))
         except Exception as error:
             line = (str(error).splitlines() or ["unknown"])[0]
             raise ConfigurationError(str(path), f"is no tokenizer.json: {line}") from error
-        # Some files are saved as their last user left them.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
         special = {
             token.content: id
             for id, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -101,14 +97,8 @@ class FileTokenizer(Tokenizer):
 
     def encode(self, texts: Sequence[bytes]) -> tuple[Ids, Lengths]:
         """See Tokenizer."""
-        encoded = self._tokenizer.encode_batch_fast([text.decode() for text in texts])
-        documents = [encoding.ids for encoding in encoded]
-        for ids in documents:
-            if not ids or ids[-1] != self.eos:
-                ids.append(self.eos)
-        lengths = np.array([len(ids) for ids in documents], np.int64)
-        total = int(lengths.sum())
-        return np.fromiter(chain.from_iterable(documents), np.uint32, total), lengths
+        lengths, ids = apart.encode(self._tokenizer, self.eos, texts)
+        return np.frombuffer(ids, np.uint32), np.frombuffer(lengths, np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""

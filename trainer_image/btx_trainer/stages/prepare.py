@@ -7,6 +7,7 @@ any number of threads; memory is a few megabytes of text per thread.
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import chain
 
 from btx_api.spec import Source
@@ -15,6 +16,7 @@ from btx_api.stage import PrepareRecipe, Progress
 from btx_trainer.artifacts import Outside
 from btx_trainer.encoding import Encoder, held_out_limit, in_order
 from btx_trainer.errors import ConfigurationError, PreemptedError
+from btx_trainer.processes import TokenizerProcesses
 from btx_trainer.shards import TOKENIZER, Index, SourceIndex, Writer
 from btx_trainer.sources import Chunk, chunks, list_files
 from btx_trainer.tokenizer import load
@@ -26,16 +28,18 @@ def run(work: Work) -> Made:
     recipe, domain = work.recipe, work.inputs[0]
     assert isinstance(recipe, PrepareRecipe) and isinstance(domain, Outside)
     domain.check()
-    # The threads are ours, not the library's.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     path = work.inputs[1].fetch() / TOKENIZER if recipe.tokenizer == "file" else None
     tokenizer = load(path)
     reader = _Reader(work, recipe, domain.location.sources)
     numbers = range(len(recipe.sources))
     every = chain.from_iterable(reader.chunks(number) for number in numbers)
     limit = held_out_limit(every, recipe.held_out, recipe.max_record_bytes)
-    encoder = Encoder(tokenizer=tokenizer, limit=limit, max_record_bytes=recipe.max_record_bytes)
-    with Writer(work.out, tokenizer) as writer:
+    with ExitStack() as stack:
+        encode = tokenizer.encode
+        if path:
+            encode = stack.enter_context(TokenizerProcesses(path, tokenizer.eos)).encode
+        encoder = Encoder(encode=encode, limit=limit, max_record_bytes=recipe.max_record_bytes)
+        writer = stack.enter_context(Writer(work.out, tokenizer))
         for number in numbers:
             reader.write(number, writer, encoder)
         index = writer.finish()
@@ -68,8 +72,12 @@ class _Reader:
     def write(self, number: int, writer: Writer, encoder: Encoder) -> None:
         """Encodes one source."""
         why = ""
-        with writer.source(self._recipe.sources[number].weight) as target:
-            for chunk, encoded, example in in_order(encoder, self.chunks(number), self._threads):
+        with ExitStack() as stack:
+            target = stack.enter_context(writer.source(self._recipe.sources[number].weight))
+            made = in_order(encoder, self.chunks(number), self._threads)
+            # Its threads end before what they use does.
+            stack.callback(made.close)
+            for chunk, encoded, example in made:
                 if self._work.stopping():
                     raise PreemptedError("", "asked to stop; preparing begins afresh")
                 target.write(encoded)
