@@ -1,22 +1,44 @@
 """A real S3 server (SeaweedFS) on loopback, or on an address that a test made."""
 
+import base64
 import contextlib
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
-IDENTITY = (
-    '{"identities": [{"name": "test", "actions": ["Admin"],'
-    ' "credentials": [{"accessKey": "test", "secretKey": "test-secret"}]}]}'
-)
+SECRET_KEY = "planted-7Qx2vNw9-secret"
+"""Distinctive: tests look for it where no credential may be."""
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+IDENTITY = {
+    "identities": [
+        {
+            "name": "test",
+            "actions": ["Admin"],
+            "credentials": [{"accessKey": "test", "secretKey": SECRET_KEY}],
+        }
+    ]
+}
 BUCKET = "btx"
+
+
+def written_down(*texts: str | bytes, secrets: Sequence[str] = (SECRET_KEY,)) -> list[bytes]:
+    """Places where a secret stands, plain or in base64, each with what is around it."""
+    forms = [form for word in secrets for form in (word.encode(), base64.b64encode(word.encode()))]
+    found = []
+    for text in texts:
+        data = text.encode() if isinstance(text, str) else text
+        for form in forms:
+            if (at := data.find(form)) >= 0:
+                found.append(data[max(at - 100, 0) : at + len(form)])
+    return found
 
 
 def free_ports(count: int) -> list[int]:
@@ -36,7 +58,7 @@ def serving(folder: Path, volumes: int = 100, host: str = "127.0.0.1") -> Iterat
 
     Its credentials are in the environment from then on.
     """
-    (folder / "s3.json").write_text(IDENTITY)
+    (folder / "s3.json").write_text(json.dumps(IDENTITY))
     (folder / "data").mkdir()
     roles = ("s3", "master", "volume", "filer")
     ports = free_ports(2 * len(roles))
@@ -49,7 +71,7 @@ def serving(folder: Path, volumes: int = 100, host: str = "127.0.0.1") -> Iterat
         *(f"-{role}.port={port}" for role, port in zip(roles, ports, strict=False)),
         *(f"-{role}.port.grpc={port}" for role, port in zip(roles, ports[4:], strict=True)),
     ]  # fmt: skip
-    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret"}
+    os.environ |= CREDENTIALS
     endpoint = f"http://{host}:{ports[0]}"
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)

@@ -160,3 +160,22 @@ def test_no_file_names_this_machine_or_a_download_address() -> None:
     ]
 
     assert found == []
+
+
+def test_nothing_can_read_a_pickle() -> None:
+    """No module that unpickles is imported, and no reader is called that might."""
+    modules = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
+    readers = {"torch.load", "np.load", "numpy.load", "pd.read_pickle"}
+    found = []
+    for path in [*SOURCES, *sorted((ROOT / "examples").rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name.split(".")[0] for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [(node.module or "").split(".")[0]]
+            if set(names) & modules or (
+                isinstance(node, ast.Call) and ast.unparse(node.func) in readers
+            ):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []

@@ -21,7 +21,7 @@ from cluster import binaries, images
 from cluster.node import Node, real_node
 from cluster.oci import Image
 from kubernetes import client, watch
-from s3_server import BUCKET, serving
+from s3_server import BUCKET, CREDENTIALS, serving
 
 CHART = images.ROOT / "charts/btx-operator"
 SYSTEM, RELEASE = "btx-system", "btx-operator"
@@ -89,7 +89,7 @@ class Installation:
             },
             {
                 "apiVersion": "v1", "kind": "Secret", "metadata": {"name": SECRET},
-                "stringData": {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret"},
+                "stringData": CREDENTIALS,
             },
         )  # fmt: skip
         return name

@@ -1,6 +1,7 @@
 """Bad input against the real trainer: one line that names the field or object, nothing left behind."""
 
 import json
+import pickle
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -35,6 +36,51 @@ def ready(workspace: Workspace) -> Path:
         evaluate__domains=[{"name": "code"}],
     )
     return folder
+
+
+class Trap:
+    """Unpickling it makes a file."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = sprung
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.sprung,)
+
+
+def test_a_planted_pickle_is_never_read(inputs: Workspace, tmp_path: Path) -> None:
+    """Beside the weights, the data, the artifacts and the checkpoints: a run passes it by."""
+    workspace, sprung = inputs.copy(tmp_path / "w"), tmp_path / "sprung"
+    trap = pickle.dumps(Trap(sprung))
+    pickle.loads(trap)
+    assert sprung.exists(), "the trap works"
+    sprung.unlink()
+    demo, storage = workspace.folder / "build/demo", workspace.folder / "build/demo/storage"
+    manifest = workspace.manifest()
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pkl", "x.npy"):
+        for folder in (demo / "init", demo / "data", storage / "stages", storage / "checkpoints"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(trap)
+
+    workspace.btx("run", manifest)
+    workspace.btx("export", "tiny", "model")
+    workspace.btx("gc", manifest, "--keep-days", "1")
+
+    assert not sprung.exists()
+    assert not list((workspace.folder / "model").glob("*.bin"))
+
+
+def test_a_model_that_is_only_a_pickle_is_refused(inputs: Workspace, tmp_path: Path) -> None:
+    """By the field that names it; it is not opened."""
+    workspace, sprung = inputs.copy(tmp_path / "w"), tmp_path / "sprung"
+    seed = workspace.folder / "build/demo/init"
+    for path in seed.glob("*.safetensors*"):
+        path.unlink()
+    (seed / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(sprung)))
+    printed = workspace.btx("run", workspace.manifest(), code=78)
+
+    assert [line for line in printed.splitlines() if "seed" in line and "safetensors" in line]
+    assert not sprung.exists()
 
 
 def no_such_data(w: Workspace) -> None:

@@ -12,7 +12,7 @@ import google_crc32c
 import pytest
 import yaml
 from fault_proxy import ALL, Fault, Script, faulty
-from s3_server import BUCKET
+from s3_server import BUCKET, SECRET_KEY, written_down
 from workspace import Workspace
 
 FILES = ("build/demo/data", "build/demo/init")
@@ -174,3 +174,31 @@ def test_what_is_broken_is_made_again_by_its_producer_alone(finished: OnS3, dama
 
     assert changed(before, workspace.attempts()) == {"train-code": 1}
     assert run.checksums() == sums
+
+
+def test_no_credential_is_written_down(
+    inputs: Workspace, outside: str, finished: OnS3, s3_endpoint: str, tmp_path: Path
+) -> None:
+    """Not in what is printed, logs, status, manifests, reports, artifacts; nor of a refused one."""
+    token, wrong = "planted-hub-token", "planted-wrong-secret"
+    refused = inputs.copy(tmp_path / "w")
+    refused.environment |= {"AWS_SECRET_ACCESS_KEY": wrong, "HF_TOKEN": token}
+    there = storage(s3_endpoint, f"refused-{uuid.uuid4().hex}")
+    said = refused.btx("run", with_inputs_there(refused, outside, storage=there), code=78)
+    assert "SignatureDoesNotMatch" in said or "Forbidden" in said or "denied" in said.lower(), said
+
+    here = finished.workspace
+    said += here.btx("report", "tiny") + here.btx("status", "tiny") + here.btx("status")
+    paths = [p for w in (here, refused) for p in w.folder.rglob("*") if p.is_file()]
+    pages = finished.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
+    keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+    mine = [key for key in keys if key.startswith(finished.prefix)]
+    texts = [said, *(path.read_bytes() for path in paths), *map(finished.read, mine)]
+    names = [path.name for path in paths] + mine
+
+    assert written_down(*texts, *names, secrets=[SECRET_KEY, token, wrong]) == []
+    # What was searched holds what it should: logs, a status, a report, every manifest.
+    assert any(path.suffix == ".log" for path in paths)
+    assert {"status.json", "report.html", "report.json"} <= {path.name for path in paths}
+    assert sum(key.endswith("/manifest.json") for key in mine) >= len(finished.rows)
+    assert written_down(f"x {SECRET_KEY}", secrets=[SECRET_KEY])

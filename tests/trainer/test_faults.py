@@ -18,7 +18,7 @@ from btx_trainer.fingerprint import fingerprint_sources, hashes
 from btx_trainer.storage import Conflict, Damaged, FileStore, open_store, traffic
 from builders import trials
 from fault_proxy import ALL, Fault, Script, faulty
-from s3_server import BUCKET
+from s3_server import BUCKET, SECRET_KEY
 from tiny import ended, run_trainer, start_trainer
 
 STAGE = Stage(kind=Kind.MIX, version=1, recipe={}, inputs=(Content(fingerprint="f"),))
@@ -290,7 +290,7 @@ def test_the_ca_bundle_is_what_decides_whom_to_trust(s3_endpoint, prefix, author
 def test_credentials_and_region_come_from_the_client_s_chain(s3_endpoint, prefix, tmp_path):
     """Keys from a profile's file when the environment has none; no keys at all is one line."""
     (tmp_path / "credentials").write_text(
-        "[default]\naws_access_key_id = test\naws_secret_access_key = test-secret\n"
+        f"[default]\naws_access_key_id = test\naws_secret_access_key = {SECRET_KEY}\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -10,7 +10,7 @@ import pytest
 from btx_api.status import Status
 from cluster.images import ROOT
 from cluster.installation import RELEASE, SYSTEM, Installation, condition
-from s3_server import BUCKET
+from s3_server import BUCKET, written_down
 from workspace import Workspace
 
 MANIFEST = ROOT / "examples/quickstart-cluster.yaml"
@@ -114,6 +114,27 @@ def test_the_operator_used_its_own_service_account_only(finished: Finished) -> N
 
     assert [e["user"]["username"] for e in jobs] == [user] * (len(STAGES) + 1)
     assert [e["requestURI"] for e in ours if decision(e) != "allow"] == []
+
+
+def test_no_credential_is_written_down(finished: Finished, tmp_path: Path) -> None:
+    """In nothing that the cluster keeps but the Secret itself, no log, metric or artifact."""
+    kinds = "btx,jobs,pods,services,configmaps,serviceaccounts,events"
+    objects = finished.kubectl("get", kinds, "-o", "yaml")
+    texts = [objects, finished.kubectl("describe", "btx,jobs,pods")]
+    for pod in finished.kubectl("get", "pods", "-o", "name").split():
+        texts.append(finished.kubectl("logs", pod))
+    installed, there = finished.installed, f"--namespace={SYSTEM}"
+    texts.append(installed.kubectl("logs", f"deploy/{RELEASE}", there))
+    proxy = f"/api/v1/namespaces/{SYSTEM}/services/{RELEASE}:http/proxy/metrics"
+    texts.append(installed.kubectl("get", "--raw", proxy))
+    folder = installed.download(f"s3://{BUCKET}/quickstart", tmp_path / "all")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+
+    assert written_down(*texts, *(path.read_bytes() for path in files)) == []
+    assert "btx_operator_reconciles_total" in texts[-1]
+    assert "secretKeyRef" in objects or "secretRef" in objects
+    assert sum(path.name == "manifest.json" for path in files) == len(STAGES)
+    assert written_down(installed.kubectl("get", "secrets", "-A", "-o", "yaml"))
 
 
 def decision(entry: dict[str, Any]) -> str:
