@@ -26,7 +26,7 @@ RESULTS = ROOT / "build/bench"
 PEERS = ROOT / "build/peers/bin"
 """Programs of the peers' own virtual environment (`make build/peers/.ready`)."""
 OURS = Path(sys.executable)
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.1
 SIZES = ("VmHWM", "RssAnon")
 """What /proc/PID/status says of memory: the largest resident size, and what no file backs now."""
 BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
