@@ -111,7 +111,9 @@ def test_retry_goes_on_with_a_failed_run(engine: Operator, space: Space, btx) ->
     script = {"stages": {"train-code": {"attempts": [{"exit": 1}, {}]}}}
     space.run(policy={"maxRetries": 0}, execution=scripted(train=script))
     space.until_condition("Succeeded", "False", "ExpertFailed")
-    assert btx("retry", "run") == (0, "", "")
+    code, out, err = btx("retry", "run")
+    assert (code, err) == (0, "")
+    assert out == "run: its failures are forgiven by the operator\n"
     space.succeeded()
     assert [attempt(job) for job in space.jobs("train-code")][-1] == 2
 
@@ -121,7 +123,9 @@ def test_refresh_looks_at_the_inputs_again(engine: Operator, space: Space, btx) 
     space.run()
     space.succeeded()
     before = len(space.audit(resource="jobs", verb="create"))
-    assert btx("refresh", "run") == (0, "", "")
+    code, out, err = btx("refresh", "run")
+    assert (code, err) == (0, "")
+    assert out == "run: its inputs will be looked at again by the operator\n"
     space.until_row("preflight", attempt=2, state="Complete")
     space.succeeded()
     assert len(space.audit(resource="jobs", verb="create")) == before + 1
@@ -131,7 +135,7 @@ def test_refresh_looks_at_the_inputs_again(engine: Operator, space: Space, btx) 
 def test_a_run_that_is_not_there(command: str, engine: Operator, space: Space, btx) -> None:
     """One line that names it, and no traceback."""
     code, out, err = btx(command, "nothing")
-    assert (code, out) == (2, "")
+    assert (code, out) == (78, "")
     assert err.count("\n") == 1
     assert '"nothing" not found' in err
 
@@ -139,7 +143,7 @@ def test_a_run_that_is_not_there(command: str, engine: Operator, space: Space, b
 def test_without_rights(engine: Operator, space: Space, btx) -> None:
     """What the API server says of who may not what, in one line."""
     code, out, err = btx("status", namespace=f"other-{uuid.uuid4().hex[:6]}")
-    assert (code, out) == (2, "")
+    assert (code, out) == (78, "")
     assert err.count("\n") == 1
     assert f'User "{USER}" cannot list resource "{PLURAL}"' in err
 
@@ -152,12 +156,13 @@ def test_without_a_cluster(tmp_path: Path) -> None:
         "clusters: [{name: c, cluster: {server: 'https://127.0.0.1:1'}}], "
         "contexts: [{name: c, context: {cluster: c, user: u}}], users: [{name: u, user: {}}]}"
     )
-    for path, words in ((nobody, "127.0.0.1:1"), (tmp_path / "none", "kubeconfig")):
+    rows = ((nobody, 1, "127.0.0.1:1"), (tmp_path / "none", 78, "kube-config"))
+    for path, code, words in rows:
         done = subprocess.run(
             [sys.executable, "-m", "btx_operator.cli", "status", "-n", "x"],
             env=os.environ | {"KUBECONFIG": str(path)}, capture_output=True, text=True,
             timeout=60, check=False,
         )  # fmt: skip
-        assert done.returncode == 2, done.stderr
+        assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         assert words in done.stderr

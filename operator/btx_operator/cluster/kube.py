@@ -43,6 +43,10 @@ SERVICES = Resource("/api/v1", "services")
 EVENTS = Resource("/api/v1", "events")
 
 
+NO_CLUSTER = "NoCluster"
+"""Reason of the ApiError where nothing says which cluster is meant."""
+
+
 class ApiError(Exception):
     """The API server refused, or could not be reached (`status` 0)."""
 
@@ -223,7 +227,7 @@ async def connect(
         else:
             await config.load_kube_config(context=context, client_configuration=configuration)
     except (config.ConfigException, ApiException) as error:
-        raise ApiError(0, "NoCluster", str(error)) from error
+        raise ApiError(0, NO_CLUSTER, str(error)) from error
     return Kube(
         configuration, requests=requests,
         observer=observer or (lambda verb, resource, code, seconds: None),

@@ -7,11 +7,13 @@ import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from btx_api.names import REFRESH_ANNOTATION, RETRY_ANNOTATION
+from btx_api.stage import Exit
 
-from btx_operator.cluster.kube import RUNS, ApiError, Kube, connect, namespace_of
+from btx_operator.cluster.kube import NO_CLUSTER, RUNS, ApiError, Kube, connect, namespace_of
 from btx_operator.cluster.objects import RunObject
 from btx_operator.errors import UserError
 from btx_operator.local import SavedRun
@@ -59,7 +61,12 @@ class Remote:
         try:
             return asyncio.run(work())
         except ApiError as error:
-            raise UserError(f"cluster: {error.message or error}") from None
+            found = UserError(f"cluster: {error.message or error}")
+            if 0 < error.status < HTTPStatus.INTERNAL_SERVER_ERROR or error.reason == NO_CLUSTER:
+                raise found from None
+            # Nothing that the user wrote is wrong.
+            found.exit = Exit.FAILED
+            raise found from None
 
 
 def _saved(run: RunObject) -> SavedRun:
