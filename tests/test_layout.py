@@ -12,7 +12,7 @@ PACKAGES = {
     # Budgets of source lines, docstrings not counted (docs/decisions raise them).
     "crds/btx_api": 1600,
     "operator/btx_operator": 4600,
-    "trainer_image/btx_trainer": 7000,
+    "trainer_image/btx_trainer": 7150,
 }
 SOURCES = [path for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))]
 CORE = ("reconcile", "decide", "attempts", "methods")

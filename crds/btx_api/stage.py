@@ -331,16 +331,31 @@ GRAVITY = (
 """Of several ranks' codes the process exits with the first of these."""
 
 
-def _fitted(limit: int) -> AfterValidator:
-    """Makes a text one line of at most `limit` bytes as JSON: a Result is bounded by its type."""
+def _fitted(limit: int, *, ends: bool = False) -> AfterValidator:
+    """Makes a text one line of at most `limit` bytes as JSON: a Result is bounded by its type.
+
+    `ends`: what is too long loses its middle, so that a field's name and the reason stay.
+    """
+
+    def size(line: str) -> int:
+        return len(json.dumps(line, ensure_ascii=False).encode()) - 2
 
     def fit(text: str) -> str:
         line = "".join(c if c.isprintable() else " " for c in text)
-        while len(json.dumps(line, ensure_ascii=False).encode()) - 2 > limit:
+        if ends and size(line) > limit:
+            head, line = line[: limit // 3] + "…", line[limit // 3 :]
+            while size(head + line) > limit and line:
+                line = line[max(1, (len(line) - limit // 4) // 8) :]
+            line = head + line
+        while size(line) > limit:
             line = line[: -max(1, (len(line) - limit // 4) // 8)]
         return line
 
     return AfterValidator(fit)
+
+
+PROBLEM_LENGTH = 160
+"""Of each line of what preflight has found, in a Result and in a status."""
 
 
 class Problem(Model):
@@ -403,7 +418,9 @@ class Resolved(Model):
     parameters: Parameters = Parameters()
     corrupt: Annotated[tuple[Corrupt, ...], Field(max_length=4)] = ()
     """Complete stages whose bytes are wrong (`verify`)."""
-    problems: Annotated[tuple[Annotated[str, _fitted(100)], ...], Field(max_length=8)] = ()
+    problems: Annotated[
+        tuple[Annotated[str, _fitted(PROBLEM_LENGTH, ends=True)], ...], Field(max_length=8)
+    ] = ()
     """What the user must mend; empty: accepted."""
 
 

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from btx_api.methods import Members
 from btx_api.spec import Model, Real
-from btx_api.stage import Kind, Resolved
+from btx_api.stage import PROBLEM_LENGTH, Kind, Resolved
 
 PREFLIGHT = "preflight"
 """Name of the errand's row and attempts."""
@@ -269,7 +269,9 @@ class Status(Model):
     """Time until that stage ends: `1h10m`; empty: unknown."""
     conditions: Annotated[tuple[Condition, ...], Field(max_length=5)] = ()
     """One per ConditionType, in that order."""
-    problems: Annotated[tuple[Annotated[str, Field(max_length=100)], ...], Field(max_length=8)] = ()
+    problems: Annotated[
+        tuple[Annotated[str, Field(max_length=PROBLEM_LENGTH)], ...], Field(max_length=8)
+    ] = ()
     """What the user must mend before the spec is accepted."""
     model: Annotated[str, Field(max_length=1200)] = ""
     """URI of the final model's folder, once complete."""

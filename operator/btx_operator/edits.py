@@ -12,7 +12,7 @@ from typing import Any
 
 from btx_api.methods import Graph, Members, graph
 from btx_api.spec import BTXRunSpec
-from btx_api.stage import TASK_SCHEMA, Exit, Kind, Resolved
+from btx_api.stage import PROBLEM_LENGTH, TASK_SCHEMA, Exit, Kind, Resolved
 from btx_api.status import ACTIVE, PREFLIGHT, ConditionType, Reason, Row, State, Status, brief
 
 from btx_operator import attempts
@@ -49,7 +49,7 @@ def admit(seen: Observed, status: Status) -> tuple[Status, Admission]:
     """Accepts, refuses, or asks for a preflight."""
     for refuse in (_unreadable, _immutable, _too_old):
         if verdict := refuse(seen, status):
-            problems = tuple(brief(problem, 100) for problem in seen.problems[:8])
+            problems = tuple(brief(problem, PROBLEM_LENGTH) for problem in seen.problems[:8])
             return status.model_copy(update={"problems": problems}), Admission(verdict)
     assert seen.spec is not None
     key = preflight_key(seen.spec, seen.refresh)
@@ -107,7 +107,8 @@ def hear(seen: Observed, status: Status, attempt: Attempt | None, now: float) ->
         return _resolved(seen, status, answer, attempts.complete(row))
     problems = answer.problems if answer else ()
     if result and result.problem and code == Exit.CONFIGURATION:
-        problems = problems or (brief(f"{result.problem.field}: {result.problem.message}", 100),)
+        said = f"{result.problem.field}: {result.problem.message}"
+        problems = problems or (brief(said, PROBLEM_LENGTH),)
     if problems:
         row = attempts.fail(row, problems[0], policy, now)
         return status.model_copy(update={"preflight": row, "problems": problems})

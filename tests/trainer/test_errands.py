@@ -11,6 +11,7 @@ from btx_api.methods import Members, graph
 from btx_api.names import RESULT_BYTES, run_record
 from btx_api.spec import BTXRunSpec, Storage
 from btx_api.stage import (
+    PROBLEM_LENGTH,
     Corrupt,
     EvaluatedDomain,
     EvaluatedModel,
@@ -395,7 +396,7 @@ def test_what_cannot_work_is_a_problem_of_its_field(case, monkeypatch):
     assert found.problems[0].startswith(message)
     assert found.model_copy(update={"problems": ()}) == Resolved()
     for problem in found.problems:
-        assert len(problem.encode()) <= 100 and "\n" not in problem
+        assert len(problem.encode()) <= PROBLEM_LENGTH and "\n" not in problem
 
 
 def test_at_most_eight_problems():
