@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,22 @@ class Admin:
             "apiVersion": API_VERSION, "kind": "BTXRun", "metadata": {"name": name},
             "spec": a_spec(storage={"uri": "s3://bucket/prefix"}, **changes),
         }  # fmt: skip
-        return dict(
-            self.runs.create_namespaced_custom_object(
-                GROUP, VERSION, self.namespace, PLURAL, body, field_validation="Strict"
-            )
-        )
+        made: list[dict[str, Any]] = []
+
+        def served() -> bool:
+            make = self.runs.create_namespaced_custom_object
+            try:
+                made.append(
+                    make(GROUP, VERSION, self.namespace, PLURAL, body, field_validation="Strict")
+                )
+            except ApiException as error:
+                if error.status != HTTPStatus.NOT_FOUND:
+                    raise
+            return bool(made)
+
+        # A moment after its CRD is there.
+        self.cluster.wait_for("the kind", served, 30)
+        return made[0]
 
     def run(self, name: str) -> dict[str, Any]:
         """The run as it is stored."""

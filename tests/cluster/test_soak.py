@@ -90,10 +90,11 @@ def test_nothing_grows(cluster: Cluster, api: client.ApiClient) -> None:
             if number + 1 in (waves // 2, waves):
                 marks.append((resident(one), files(one)))
         until(lambda: not any(sample(one, "btx_operator_cache_objects").values()), 120)
-        (half, half_files), (end, end_files) = marks
+        (half, half_files), (end, _) = marks
         print(f"resident after half {half / 2**20:.1f} MiB, at the end {end / 2**20:.1f} MiB")
 
         assert end - half < (GROWTH if waves > 2 else WARM)
-        assert end_files <= half_files + 8
+        # Connections are kept for a while after a burst.
+        until(lambda: files(one) <= half_files + 8, 120, lambda: str(files(one)))
         assert sample(one, "btx_operator_queue_depth") == {"btx_operator_queue_depth": 0.0}
         assert one.operator.exits == 0
