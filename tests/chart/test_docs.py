@@ -1,15 +1,18 @@
-"""What docs/install.md and the runbook tell a person to type is so."""
+"""What docs/install.md, running.md and the runbook tell a person to type is so."""
 
 import json
 import re
 from pathlib import Path
 
+import pytest
 import yaml
+from btx_operator import manifest
 from btx_operator.cluster import check
 from chart.tools import ROOT, VALUES, leaves, one, render, settings, template
 
 INSTALL = (ROOT / "docs/install.md").read_text()
 RUNBOOK = (ROOT / "docs/runbook.md").read_text()
+RUNNING = (ROOT / "docs/running.md").read_text()
 S3_ACTIONS = {
     "list_objects_v2": "s3:ListBucket", "get_object": "s3:GetObject", "head_object": "s3:GetObject",
     "put_object": "s3:PutObject", "create_multipart_upload": "s3:PutObject",
@@ -24,6 +27,29 @@ S3_ACTIONS = {
 def blocks(text: str, language: str) -> list[str]:
     """Code of a language."""
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+FRAGMENTS = blocks(RUNNING, "yaml")
+
+
+@pytest.mark.parametrize("number", range(len(FRAGMENTS)))
+def test_every_fragment_of_a_spec_is_accepted(number: int, tmp_path: Path) -> None:
+    """Added to the quick start of a cluster, as `btx plan` reads it; and it says something."""
+    example = ROOT / "examples/quickstart-cluster.yaml"
+    run, fragment = yaml.safe_load(example.read_text()), yaml.safe_load(FRAGMENTS[number])
+    run["spec"].pop("storage")
+    run["spec"] = {"storage": {"uri": "s3://models/x"}} | run["spec"] | fragment
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run))
+
+    spec = manifest.read(file).spec
+    before = manifest.read(example).spec
+    assert any(getattr(spec, name) != getattr(before, name) for name in fragment)
+
+
+def test_there_are_fragments() -> None:
+    """The test before would pass without any."""
+    assert len(FRAGMENTS) >= 6
 
 
 def test_the_table_of_rights_is_the_role() -> None:
@@ -83,6 +109,9 @@ def test_the_s3_policy_allows_what_the_trainer_calls() -> None:
 
 def test_links_between_the_documents_lead_somewhere() -> None:
     """Files that they name are there."""
-    for name, text in (("docs/install.md", INSTALL), ("docs/runbook.md", RUNBOOK)):
+    texts = (
+        ("docs/install.md", INSTALL), ("docs/runbook.md", RUNBOOK), ("docs/running.md", RUNNING)
+    )  # fmt: skip
+    for name, text in texts:
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / Path(name).parent / target).exists(), target
