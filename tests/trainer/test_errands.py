@@ -566,3 +566,19 @@ def test_report_puts_runs_side_by_side(storage, tmp_path):
     lost = Report(runs=(ReportRun(name="x", digest="0" * 32),), folder=str(folder))
     with pytest.raises(MissingError):
         do(lost, storage)
+
+
+def test_storage_without_conditional_writes_is_refused(monkeypatch):
+    """No server at hand ignores If-None-Match, so the store is made to; the probe is removed."""
+    put = FileStore.put
+
+    def careless(self, key, data, *, if_none_match=False, if_match=""):
+        return put(self, key, data)
+
+    resolved = ask()
+    assert not resolved.problems
+    monkeypatch.setattr(FileStore, "put", careless)
+    [problem] = ask().problems
+    assert problem.startswith("storage.uri: ")
+    assert problem.endswith("a second writer overwrites the first: If-None-Match is ignored")
+    assert not list(Path("storage").rglob(".probe-*"))

@@ -3,6 +3,7 @@
 Reads headers, never weights, and hashes local files once (fingerprint.py). Called by errands.py.
 """
 
+import errno
 import json
 import secrets
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,7 @@ from btx_trainer.fingerprint import (
     tokenizer_key,
 )
 from btx_trainer.roots import write_record
-from btx_trainer.storage import Head, Store, open_outside, open_store
+from btx_trainer.storage import Conflict, Head, Store, open_outside, open_store
 from btx_trainer.tasks import read
 from btx_trainer.tokenizer import ByteTokenizer
 from btx_trainer.weights import open_checkpoint
@@ -109,13 +110,22 @@ def preflight(asked: Preflight) -> Resolved:
 
 
 def probe(store: Store) -> Head:
-    """Shows that storage can be written to; the head carries the storage's own time."""
+    """Shows that storage can be written to; the head carries the storage's own time.
+
+    OSError if a second writer of the same object wins: no commit would be safe there.
+    """
     key = f"runs/.probe-{secrets.token_hex(4)}"
-    store.put(key, b"")
+    store.put(key, b"first", if_none_match=True)
     head = store.head(key)
-    store.delete(key)
-    assert head
-    return head
+    try:
+        store.put(key, b"second", if_none_match=True)
+    except Conflict:
+        assert head
+        return head
+    finally:
+        store.delete(key)
+    message = "a second writer overwrites the first: If-None-Match is ignored"
+    raise OSError(errno.ENOTSUP, message, store.uri(key))
 
 
 # Inputs from outside.
