@@ -87,6 +87,7 @@ def test_nothing_grows(cluster: Cluster, api: client.ApiClient) -> None:
         marks = []
         for number in range(waves):
             wave(one, api, number)
+            print(f"wave {number}: {resident(one) / 2**20:.2f} MiB, {files(one)} files", flush=True)
             if number + 1 in (waves // 2, waves):
                 marks.append((resident(one), files(one)))
         until(lambda: not any(sample(one, "btx_operator_cache_objects").values()), 120)
