@@ -1,14 +1,13 @@
 """`python -m btx_operator.cluster`: the operator. Exits 0 after SIGTERM, 78 if it cannot begin."""
 
 import asyncio
-import gc
 import json
 import logging
 import signal
 import sys
 import time
 
-from btx_operator.cluster import settings
+from btx_operator.cluster import memory, settings
 from btx_operator.cluster.controller import Controller, Stopped
 from btx_operator.cluster.kube import ApiError, connect
 from btx_operator.cluster.meters import Meters
@@ -65,8 +64,7 @@ async def _main(found: Settings) -> int:
 
 def main() -> int:
     """Reads the settings, connects, works until it is told to end."""
-    # The cache is large and lives on: walking it at every thousandth object is half of all work.
-    gc.set_threshold(20_000, 20, 50)
+    memory.set_up()
     try:
         found = settings.read()
         _log(found)

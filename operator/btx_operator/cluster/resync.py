@@ -11,6 +11,7 @@ import time
 
 from btx_api.names import RUN_LABEL
 
+from btx_operator.cluster import memory
 from btx_operator.cluster.cache import Cache
 from btx_operator.cluster.kube import JOBS, PODS, RUNS, ApiError, Kube, Resource
 from btx_operator.cluster.meters import Meters
@@ -97,6 +98,7 @@ class Resync:
         """Lists every kind."""
         for kind in KINDS:
             await self._one(kind)
+        memory.give_back()
 
     async def _one(self, kind: str) -> None:
         resource, selector = KINDS[kind]
