@@ -6,6 +6,7 @@ from btx_api.spec import Scheduling
 from btx_api.stage import (
     GRAVITY,
     MAX_METRICS,
+    PROBLEM_LENGTH,
     Corrupt,
     Exit,
     Kind,
@@ -20,7 +21,7 @@ from builders import resolved_for, spec_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-LINE = st.text(max_size=150)
+LINE = st.text(max_size=300)
 NUMBER = st.floats(-1e9, 1e9).map(lambda x: round(x, 4))
 
 
@@ -32,23 +33,31 @@ NUMBER = st.floats(-1e9, 1e9).map(lambda x: round(x, 4))
 def test_the_largest_preflight_answer_fits_a_termination_message(
     problems: list[str], gains: list[float | None], domains: int
 ) -> None:
-    """64 experts, 96 fingerprints, 8 problems in any script: 4,096 bytes at the most."""
-    result = Result(
-        digest="d" * 32,
-        token="t" * 16,
-        resolved=Resolved(
-            seed="s" * 22,
-            tokenizer="t" * 22,
-            domains=("x" * 22,) * domains,
-            complete="f" * 50,
-            gains=tuple(round(g % 100, 4) if g is not None else None for g in gains),
-            problems=tuple(problems),
-            parameters=Parameters(dense=10**12, total=10**13, active=10**12),
-        ),
+    """64 experts, 96 fingerprints; or 8 problems in any script: 4,096 bytes at the most."""
+    resolved = Resolved(
+        seed="s" * 22,
+        tokenizer="t" * 22,
+        domains=("x" * 22,) * domains,
+        complete="f" * 50,
+        gains=tuple(round(g % 100, 4) if g is not None else None for g in gains),
+        parameters=Parameters(dense=10**12, total=10**13, active=10**12),
     )
+    if problems:
+        # Who has found something to mend says nothing else.
+        resolved = Resolved(problems=tuple(problems))
+    result = Result(digest="d" * 32, token="t" * 16, resolved=resolved)
 
     assert len(result.line().encode()) <= names.RESULT_BYTES
     assert Result.model_validate_json(result.line()) == result
+
+
+def test_a_long_problem_loses_its_middle() -> None:
+    """The field's name and the reason stay; a short one is as it was."""
+    uri = "s3://bucket/" + "folder/" * 40
+    [cut, kept] = Resolved(problems=(f"storage.uri: {uri}: denied", "seed.uri: none")).problems
+    assert cut.startswith("storage.uri: s3://bucket/") and cut.endswith(": denied")
+    assert "…" in cut and PROBLEM_LENGTH - 4 <= len(cut.encode()) <= PROBLEM_LENGTH
+    assert kept == "seed.uri: none"
 
 
 def test_the_largest_stage_result_fits_a_termination_message() -> None:
