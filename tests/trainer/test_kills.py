@@ -33,7 +33,7 @@ from fault_proxy import Cut, Proxy, Request, faulty
 from s3_server import BUCKET
 from training import Studio, finetune_recipe, train_recipe
 
-STEPS = {"train": 200, "finetune": 90}
+STEPS = {"train": 500, "finetune": 90}
 PLACES = ("step", "commit", "checkpoint", "upload", "start")
 LIFE = ("start", "checkpoint", "step", "upload", "commit")
 """The same in the order in which a stage comes by."""
