@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from cluster.control_plane import Cluster
+from cluster.runs import established
 from kubernetes import client
 from s3_server import free_ports
 
@@ -38,22 +39,14 @@ def missing() -> str:
 @contextlib.contextmanager
 def manager(cluster: Cluster) -> Iterator[None]:
     """Its CRDs, a flavour, and the process."""
-    extensions = client.ApiextensionsV1Api(cluster.client())
-    names = []
+    api, names = cluster.client(), []
     for body in _crds(Path(os.environ["KUEUE_MANIFESTS"])):
         # Without the webhook that converts between versions: one version is used.
         body["spec"].pop("conversion", None)
-        extensions.create_custom_resource_definition(body)
+        client.ApiextensionsV1Api(api).create_custom_resource_definition(body)
         names.append(body["metadata"]["name"])
-
-    def established() -> bool:
-        found = map(extensions.read_custom_resource_definition, names)
-        return all(
-            any(c.type == "Established" and c.status == "True" for c in one.status.conditions or ())
-            for one in found
-        )
-
-    cluster.wait_for("Kueue's CRDs", established)
+    for name in names:
+        established(cluster, api, name)
     folder = cluster.folder / "kueue"
     folder.mkdir(exist_ok=True)
     certificate = cluster.authority.issue("kueue", user="kueue", hosts=["127.0.0.1"])
@@ -77,13 +70,8 @@ def manager(cluster: Cluster) -> Iterator[None]:
     )  # fmt: skip
     try:
         cluster.wait_for("Kueue", lambda: _ready(health))
-        _create(
-            cluster,
-            "resourceflavors",
-            "ResourceFlavor",
-            "spot",
-            {"nodeLabels": FLAVOUR_LABELS},
-        )
+        labels = {"nodeLabels": FLAVOUR_LABELS}
+        _create(cluster, "resourceflavors", "ResourceFlavor", "spot", labels)
         yield
     finally:
         part.stop()

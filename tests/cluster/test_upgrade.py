@@ -16,6 +16,7 @@ import pytest
 import yaml
 from cluster.control_plane import Cluster
 from cluster.operator_process import Operator, grant
+from cluster.runs import established
 from cluster.space import ROOT, TOLD, Space, attempt, row_of, running, scripted
 from kubernetes import client
 
@@ -55,7 +56,8 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def apply(cluster: Cluster, crd: dict[str, Any]) -> None:
     """Creates the CRD, or replaces its spec, and waits until it is served so."""
-    extensions = client.ApiextensionsV1Api(cluster.client())
+    api = cluster.client()
+    extensions = client.ApiextensionsV1Api(api)
     name = crd["metadata"]["name"]
     try:
         extensions.create_custom_resource_definition(crd)
@@ -63,12 +65,7 @@ def apply(cluster: Cluster, crd: dict[str, Any]) -> None:
         assert error.status == 409
         patch = {"spec": {"versions": crd["spec"]["versions"]}}
         extensions.patch_custom_resource_definition(name, patch)
-
-    def established() -> bool:
-        found = extensions.read_custom_resource_definition(name).status
-        return any(c.type == "Established" and c.status == "True" for c in found.conditions or ())
-
-    cluster.wait_for("the CRD", established)
+    established(cluster, api, name)
 
 
 def without_a_field(crd: dict[str, Any]) -> dict[str, Any]:

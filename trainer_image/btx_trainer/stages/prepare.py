@@ -1,7 +1,8 @@
 """prepare: a domain's sources -> token shards and a held-out split, see shards.py. CPU, no torch.
 
 inputs: (domain, tokenizer unless it is the built-in byte tokenizer). The result is the same for
-any number of threads; memory is a few megabytes of text per thread.
+any number of threads; memory is a few megabytes of text per thread, and
+a tokenizer each.
 """
 
 import os
