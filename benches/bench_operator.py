@@ -118,6 +118,19 @@ class Bench:
         self.core.create_namespace({"metadata": {"name": name}})
         return name
 
+    def clear(self, *namespaces: str) -> None:
+        """What a row has left behind would burden the next: runs, Jobs, pods."""
+        batch = client.BatchV1Api(self.api)
+        for name in namespaces:
+            self.custom.delete_collection_namespaced_custom_object(*RUNS, name, "btxruns")
+            batch.delete_collection_namespaced_job(name, propagation_policy="Background")
+            self.core.delete_collection_namespaced_event(name)
+        self.wait("nothing", lambda: not any(self._pods(name) for name in namespaces))
+
+    def _pods(self, namespace: str) -> list[Any]:
+        answer = self.core.list_namespaced_pod(namespace, limit=1, _preload_content=False)
+        return list(json.loads(answer.data)["items"])
+
     def create(self, namespace: str, body: dict[str, Any]) -> None:
         """One run."""
         self.custom.create_namespaced_custom_object(*RUNS, namespace, "btxruns", body)
@@ -184,6 +197,7 @@ class Bench:
             times = sorted(seen.added.values())
         peer = (len(times) - 1) / (times[-1] - times[0])
         print(f"  creates, bare: {peer:.1f} Jobs/s", flush=True)
+        self.clear(space, bare)
         return ours, peer
 
     # Hand-offs ----------------------------------------------------------------------------------
@@ -215,6 +229,7 @@ class Bench:
         for name, gaps in (("ours", ours), ("floor", floor)):
             middle, most = quantile(gaps, 0.5), quantile(gaps, 0.99)
             print(f"  hand-offs, {name}: p50 {middle:.3f} s, p99 {most:.3f} s", flush=True)
+        self.clear(space, bare)
         return ours, floor
 
     # Memory and idleness ------------------------------------------------------------------------

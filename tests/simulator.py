@@ -153,6 +153,8 @@ class Simulator:
         self.instant = instant
         """Attempts run as soon as they are created and end as soon as they are asked to."""
         self.release_of_engine = Release(image="", task=TASK_SCHEMA, kinds=VERSIONS)
+        self.patient = 0.0
+        """Seconds that a write of what is only shown waits; a real backend loses its patience."""
         self._handles = itertools.count(1)
 
     # Backend -----------------------------------------------------------------------------------
@@ -180,6 +182,9 @@ class Simulator:
     def reserve(self, run: str, status: Status) -> None:
         self.worlds[run].reserved = status
         self.decisions.append(Carried(run=run, status=status))
+
+    def patience(self, run: str) -> float:
+        return self.patient
 
     async def write_status(self, run: str, status: Status) -> None:
         world = self.worlds[run]
@@ -231,8 +236,10 @@ class Simulator:
 
     def step(self, run: str = "run") -> Carried:
         """One reconcile, and the checks that every step has to pass."""
-        before = self.worlds[run].status
+        before, carried = self.worlds[run].status, len(self.decisions)
         after = asyncio.run(_only(reconcile(self, run, lambda: self.now)))
+        if len(self.decisions) == carried:
+            return Carried(run=run, status=before, again_after=after)  # put off
         decision = self.decisions[-1]
         decision.again_after = after
         self._check(run, before, decision)

@@ -8,11 +8,11 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from btx_api.status import Status
+from btx_api.status import ACTIVE, ConditionType, Status
 
 from btx_operator.decide import decide
 from btx_operator.errors import Conflict
-from btx_operator.observed import Attempt, Event, Observed, Start
+from btx_operator.observed import Attempt, Decision, Event, Observed, Start
 
 
 class Backend(Protocol):
@@ -23,6 +23,9 @@ class Backend(Protocol):
 
     def reserve(self, run: str, status: Status) -> None:
         """From now on other runs see this status's rows as claims; undone by the next `observe`."""
+
+    def patience(self, run: str) -> float:
+        """Seconds from now that a status may wait which only shows how attempts get on."""
 
     async def write_status(self, run: str, status: Status) -> None:
         """Stores the status if the one that was observed is still stored; raises Conflict."""
@@ -46,6 +49,8 @@ async def reconcile(backend: Backend, run: str, clock: Callable[[], float]) -> f
     if seen is None:
         return None
     decision = decide(seen, clock())
+    if passing(seen.status, decision) and (seconds := backend.patience(run)):
+        return min(seconds, decision.again_after or seconds)
     # No await until here: two runs cannot both believe that nobody makes an artifact.
     backend.reserve(run, decision.status)
     try:
@@ -66,3 +71,31 @@ async def reconcile(backend: Backend, run: str, clock: Callable[[], float]) -> f
     if decision.events:
         await backend.emit(run, decision.events)
     return decision.again_after
+
+
+def passing(before: Status, decision: Decision) -> bool:
+    """Whether all that is new is what attempts under way are doing, for display.
+
+    Ten pods that begin within a second are one write then, not ten.
+    """
+    if decision.starts or decision.stops or decision.events:
+        return False
+    return before != decision.status and _lasting(before) == _lasting(decision.status)
+
+
+def _lasting(status: Status) -> Status:
+    """What of a status must not be lost."""
+    shown = (ConditionType.RUNNING, ConditionType.QUEUED)
+    lasting = (
+        row.model_copy(update={"state": ACTIVE[0], "handle": "", "start_time": None})
+        if row.state in ACTIVE
+        else row
+        for row in status.rows
+    )
+    return status.model_copy(
+        update={
+            "stages": tuple(lasting), "preflight": None,
+            "conditions": tuple(c for c in status.conditions if c.type not in shown),
+            "state": "", "stage": "", "progress": "", "eta": "",
+        }
+    )  # fmt: skip

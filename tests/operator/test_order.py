@@ -90,6 +90,7 @@ MOVES = st.lists(
         st.just("begin"),
         st.just("conflict"),
         st.just("wait"),
+        st.just("patience"),
         st.integers(min_value=0, max_value=9),
     ),
     max_size=60,
@@ -100,7 +101,7 @@ MOVES = st.lists(
 @settings(max_examples=25, deadline=None)
 @given(moves=MOVES)
 def test_the_end_does_not_depend_on_what_was_seen_when(moves: list[str | int]) -> None:
-    """Attempts end in any order; looks are dropped, doubled, or lose their write."""
+    """Attempts end in any order; looks are dropped, doubled, put off, or lose their write."""
     sim = a_world()
     for move in moves:
         match move:
@@ -115,13 +116,44 @@ def test_the_end_does_not_depend_on_what_was_seen_when(moves: list[str | int]) -
                 sim.worlds["run"].lose_write = True
             case "wait":
                 sim.advance(7)
+            case "patience":
+                sim.patient = 1.0 - sim.patient
             case int() if sim.live():
                 stages = list(sim.live())
                 release(sim, stages[move % len(stages)])
             case _:
                 sim.step()
 
+    sim.patient = 0.0
+
     assert to_the_end(sim) == undisturbed()
+
+
+def test_only_what_is_shown_waits() -> None:
+    """Handles and Running do; an intent, a result, a wish and what is said in an event do not."""
+    sim = a_world()
+    sim.finish(but=["train-a", "train-b", "train-c"])
+    sim.patient = 1.0
+
+    sim.end("train-a", Exit.PREEMPTED)
+    sim.step()
+    assert (sim.row("train-a").state, sim.row("train-a").attempt) == (State.STARTING, 2)
+    sim.step()
+    sim.begin_pending()
+    assert sim.step().again_after == 1.0
+    assert (sim.row("train-a").state, sim.row("train-a").handle) == (State.STARTING, "")
+    sim.end("train-a", Exit.OK)
+    sim.step()
+    assert sim.row("train-a").state is State.COMPLETE
+
+    sim.step()
+    sim.begin_pending()
+    sim.step()
+    assert sim.row("train-c").handle == ""
+    sim.submit(of_experts("abc", suspend=True))
+    sim.step()
+    assert sim.row("train-c").state is State.STOPPING
+    assert sim.row("train-c").handle
 
 
 @settings(max_examples=15, deadline=None)

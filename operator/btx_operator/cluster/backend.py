@@ -28,6 +28,9 @@ from btx_operator.observed import Attempt, Event, Observed, Phase, Start
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 1.0
+"""Seconds that a write may wait which only shows how attempts get on: each costs the API server more
+than a Job, and the next thing that happens to a run must not wait for it."""
 Number = tuple[str, int, str]
 """Row, number, digest of an attempt."""
 
@@ -50,6 +53,7 @@ class ClusterBackend:
         self.book, self.meters, self.poster = book, meters, poster
         self.release = Release(image=settings.trainer_image, task=TASK_SCHEMA, kinds=VERSIONS)
         self._written: set[Key] = set()
+        self._put_off: dict[Key, float] = {}
         self._observed: dict[Key, tuple[str, BTXRunSpec | None]] = {}
         self._refused: dict[Key, dict[Number, Attempt]] = {}
 
@@ -61,6 +65,7 @@ class ClusterBackend:
         found = self.cache.runs.get(key)
         if found is None or found.deleting:
             self._refused.pop(key, None)
+            self._put_off.pop(key, None)
             return None
         self._observed[key] = found.uid, found.spec
         self.cache.release(key)
@@ -96,9 +101,15 @@ class ClusterBackend:
         if status != self.cache.runs[key].status:
             self.cache.reserve(key, status)
 
+    def patience(self, run: str) -> float:
+        """See reconcile.Backend; what was put off once has no patience left in a second."""
+        now = self.clock()
+        return max(0.0, self._put_off.setdefault(key_of(run), now) + PATIENCE - now)
+
     async def write_status(self, run: str, status: Status) -> None:
         """See reconcile.Backend; the version that was observed must be the stored one."""
         key = key_of(run)
+        self._put_off.pop(key, None)
         found = self.cache.runs[key]
         before = found.status
         meta = {

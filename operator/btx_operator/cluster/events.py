@@ -6,6 +6,7 @@ Nothing depends on an event: none is sent twice, and one that the API server ref
 import asyncio
 import logging
 import socket
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 LOG_LINES, LOG_LENGTH, MESSAGE_LENGTH = 10, 700, 1024
 WAITING, POSTERS = 5_000, 4
 COMPONENT = "btx-operator"
+LATER = 0.5
+"""Seconds until an event is posted: the next step of its run, which follows at once, goes first."""
 
 
 class Poster:
@@ -29,7 +32,7 @@ class Poster:
 
     def __init__(self, kube: Kube, cache: Cache) -> None:
         self._kube, self._cache = kube, cache
-        self._waiting: asyncio.Queue[tuple[RunObject, Event, PodObject | None]]
+        self._waiting: asyncio.Queue[tuple[float, RunObject, Event, PodObject | None]]
         self._waiting = asyncio.Queue(WAITING)
 
     def post(self, run: RunObject, event: Event) -> None:
@@ -37,14 +40,15 @@ class Poster:
         # Whose last words it has is known now; the record may be gone later.
         pod = self._last_pod(run, event) if event.attempt else None
         try:
-            self._waiting.put_nowait((run, event, pod))
+            self._waiting.put_nowait((time.monotonic() + LATER, run, event, pod))
         except asyncio.QueueFull:
             log.warning("%s/%s: event %s dropped: too many wait", *run.key, event.reason)
 
     async def keep_posting(self) -> None:
         """For ever."""
         while True:
-            run, event, pod = await self._waiting.get()
+            due, run, event, pod = await self._waiting.get()
+            await asyncio.sleep(due - time.monotonic())
             try:
                 said = await self._log(run, pod) if pod else ""
                 await self._kube.create(EVENTS, run.key[0], body(run, event, said))

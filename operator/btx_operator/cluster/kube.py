@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote, urlencode
+from urllib.request import getproxies_environment
 
 from btx_api.names import API_VERSION, PLURAL
 from kubernetes.aio import client, config
@@ -78,6 +79,8 @@ class Kube:
     ) -> None:
         configuration.retries = None
         configuration.connection_pool_maxsize = requests
+        # Otherwise each request reads .netrc, in another thread.
+        configuration.client_session_kwargs = {"trust_env": bool(getproxies_environment())}
         self.configuration = configuration
         self.observer = observer
         self._api = client.ApiClient(configuration)
