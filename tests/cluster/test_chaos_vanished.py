@@ -104,9 +104,11 @@ def test_results_that_vanished_while_the_operator_was_down(
     """
 
     def work(one: Lane) -> Deeds:
-        one.run("run", execution=scripted(train={"seconds": 1}))
+        one.run("run", execution=scripted(train={"seconds": 4}))
         for stage in TRAINS:
-            one.space.pod(stage, running)
+            # What was seen is written a second later; what is not written is not known to have been.
+            seen = lambda stage=stage: "handle" in one.space.row(stage)  # noqa: E731
+            until(seen, RECOVERY_SECONDS)
         with down(one):
             for stage in TRAINS:
                 one.space.job(stage, ended)

@@ -29,7 +29,7 @@ from btx_operator.observed import Attempt, Event, Observed, Phase, Start
 log = logging.getLogger(__name__)
 
 PATIENCE = 1.0
-"""Seconds that a write may wait which only shows how attempts get on: each costs the API server more
+"""Seconds that a write may wait which only shows how attempts get on: each costs the server more
 than a Job, and the next thing that happens to a run must not wait for it."""
 Number = tuple[str, int, str]
 """Row, number, digest of an attempt."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster.cases import LONG, Case
 from cluster.installation import Installation, installation
 from workspace import Workspace
 
@@ -32,3 +33,19 @@ def inputs(installed: Installation, tmp_path_factory: pytest.TempPathFactory) ->
 def team(installed: Installation) -> str:
     """A new namespace as a user has it: restricted, with a way to S3."""
     return installed.namespace()
+
+
+@pytest.fixture
+def case(installed: Installation, inputs: Workspace) -> Iterator[Case]:
+    """A run that is not applied yet; gone at the end, so that it takes no more of the machine."""
+    made = Case(installed)
+    yield made
+    installed.kubectl("delete", "namespace", made.namespace, "--wait=false")
+
+
+@pytest.fixture
+def long_case(installed: Installation, inputs: Workspace) -> Iterator[Case]:
+    """One that trains for about a minute."""
+    made = Case(installed, tokens=LONG)
+    yield made
+    installed.kubectl("delete", "namespace", made.namespace, "--wait=false")

@@ -1,6 +1,8 @@
 """The chart on a real node: `helm test`, and a Prometheus that finds operator and trainers by it."""
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster.cases import INDEX, TRAIN, Case, processes, row
 from cluster.images import ROOT
 from cluster.installation import CHART, RELEASE, SYSTEM, Installation, condition
 from cluster.monitoring import Prometheus, at_once, empty_panels, firing, prometheus
@@ -18,6 +21,7 @@ HERE = f"--namespace={SYSTEM}"
 MONITORED = [
     f"--set=metrics.{name}.enabled=true" for name in ("serviceMonitor", "podMonitor", "rules")
 ]
+SOON = [f"--set=metrics.rules.{name}=10" for name in ("noProgressSeconds", "checkpointAgeSeconds")]
 WITHOUT_GPUS = {"btx-run.json: MFU"}
 """Panels that need what this node has not."""
 
@@ -66,7 +70,7 @@ def test_helm_test_fails_when_a_right_is_missing(installed: Installation) -> Non
 @pytest.fixture
 def watching(installed: Installation, tmp_path: Path) -> Iterator[Prometheus]:
     """With the release's monitors and rules; it has found the operator."""
-    text = installed.helm("template", RELEASE, CHART, HERE, *MONITORED)
+    text = installed.helm("template", RELEASE, CHART, HERE, *MONITORED, *SOON)
     objects = [item for item in yaml.load_all(text, yaml.CSafeLoader) if item]
     with prometheus(tmp_path, at_once(objects), installed.node.cluster) as started:
         started.wait_for("btx_operator_queue_depth", 120)
@@ -104,3 +108,37 @@ def test_every_panel_has_data_of_a_real_run(
     assert (alert["namespace"], alert["run"]) == (team, "refused")
     labels = f'namespace="{team}", run="run", stage="train-code", expert="code"'
     assert watching.query(f"last_over_time(btx_trainer_loss_nats{{{labels}}}[1h])")
+
+
+def test_alerts_fire_for_an_expert_that_hangs_and_then_fails(
+    long_case: Case, watching: Prometheus
+) -> None:
+    """One of its two ranks is stopped: no step, no checkpoint. It is killed: the run has failed."""
+    case, wait_for = long_case, long_case.installed.node.cluster.wait_for
+    case.spec["policy"]["maxRetries"] = 0
+    case.spec["execution"]["train"] |= {"nodes": 2, "checkpointSeconds": 1}
+    case.apply()
+    case.training()
+    stored = f'btx_trainer_checkpoint_timestamp_seconds{{namespace="{case.namespace}"}}'
+    watching.wait_for(stored)
+    second = next(p for p in case.pods(TRAIN) if p["metadata"]["labels"][INDEX] == "1")
+    ranks = processes(second)
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+
+    def fires(name: str, **labels: str) -> bool:
+        return any(labels.items() <= found.items() for found in firing(watching).get(name, ()))
+
+    for name in ("BTXNoProgress", "BTXCheckpointOld"):
+        labels = {"namespace": case.namespace, "run": "case", "stage": TRAIN}
+        wait_for(name, lambda name=name, labels=labels: fires(name, **labels), 120)
+
+    def failed() -> float:
+        return float(watching.query('sum(btx_runs{state="Failed"})')[0]["value"][1])
+
+    before = failed()
+    for rank in ranks:
+        os.kill(rank, signal.SIGKILL)
+    case.until(lambda item: row(item).get("state") == "Failed")
+    wait_for("BTXRunFailed", lambda: fires("BTXRunFailed"), 120)
+    assert failed() > before
