@@ -25,7 +25,8 @@ from btx_operator.observed import Claim
 Object = Mapping[str, Any]
 Group = tuple[str, str, str]
 """Namespace and storage_key: runs of one group share artifacts."""
-TOMBSTONES = 10_000
+TOMBSTONES = 2_000
+"""Uids of what was deleted last; what a late event brings back beyond them the next list removes."""
 
 
 class Cache:
