@@ -26,7 +26,7 @@ Object = Mapping[str, Any]
 Group = tuple[str, str, str]
 """Namespace and storage_key: runs of one group share artifacts."""
 TOMBSTONES = 2_000
-"""Uids of what was deleted last; what a late event brings back beyond them the next list removes."""
+"""Uids of what was deleted last; what a late event brings back beyond them the next list drops."""
 
 
 class Cache:
