@@ -9,9 +9,10 @@ import os
 import signal
 import time
 
-from cluster.cases import INDEX, TRAIN, Case, counts, processes, row
-from cluster.installation import SECRET, condition
+from cluster.cases import INDEX, LONG, TRAIN, Case, counts, processes, row
+from cluster.installation import RELEASE, SECRET, SYSTEM, Installation, condition
 from kubernetes import client
+from workspace import Workspace
 
 
 def test_an_evicted_pod_goes_on_within_its_attempt(long_case: Case) -> None:
@@ -201,6 +202,29 @@ def test_an_upgrade_between_train_and_mix(case: Case) -> None:
     attempts = {r["name"]: r.get("attempt", 0) for r in item["status"]["stages"]}
     assert {name: n for name, n in attempts.items() if n > 1} == {}
     assert len(case.jobs(TRAIN)) == 1
+
+
+def test_a_release_that_goes_while_an_expert_trains(
+    installed: Installation, inputs: Workspace
+) -> None:
+    """Upgraded, uninstalled, installed again: the expert trains on in its pod, and the run ends."""
+    case = Case(installed, tokens=2 * LONG)
+    case.apply()
+    pod = case.training()["metadata"]["uid"]
+    installed.install(installed.images, podAnnotations={"upgrade": case.namespace})
+    installed.helm("uninstall", RELEASE, f"--namespace={SYSTEM}", "--wait")
+    try:
+        found = json.loads(case.kubectl("get", "btx", "case", "-o", "json"))
+        assert row(found)["state"] == "Running"
+        assert [p["metadata"]["uid"] for p in case.pods(TRAIN)] == [pod]
+    finally:
+        installed.install(installed.images)
+    item = installed.ended(case.namespace, "case")
+
+    assert condition(item, "Succeeded")["status"] == "True", installed.story(case.namespace)
+    assert counts(row(item)) == ("Complete", 1, 0, 0, 0)
+    assert [p["metadata"]["uid"] for p in case.pods(TRAIN)] == [pod]
+    installed.kubectl("delete", "namespace", case.namespace, "--wait=false")
 
 
 def test_an_expert_on_two_nodes_loses_one_rank(long_case: Case) -> None:
