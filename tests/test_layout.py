@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {
     # Budgets of source lines, docstrings not counted (docs/decisions raise them).
     "crds/btx_api": 1600,
-    "operator/btx_operator": 4600,
+    "operator/btx_operator": 4620,
     "trainer_image/btx_trainer": 7150,
 }
 SOURCES = [path for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))]

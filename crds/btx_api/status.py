@@ -311,6 +311,12 @@ class Status(Model):
         """The condition of a type; None before the first look."""
         return next((c for c in self.conditions if c.type is kind), None)
 
+    @property
+    def over(self) -> bool:
+        """The run has succeeded or failed."""
+        found = self.condition(ConditionType.SUCCEEDED)
+        return found is not None and found.status != "Unknown"
+
     def row(self, name: str) -> Row | None:
         """The row of a stage."""
         return next((row for row in self.stages if row.name == name), None)

@@ -13,7 +13,7 @@ from typing import Any
 from btx_api.methods import Graph, Members, graph
 from btx_api.spec import BTXRunSpec
 from btx_api.stage import PROBLEM_LENGTH, TASK_SCHEMA, Exit, Kind, Resolved
-from btx_api.status import ACTIVE, PREFLIGHT, ConditionType, Reason, Row, State, Status, brief
+from btx_api.status import ACTIVE, PREFLIGHT, Reason, Row, State, Status, brief
 
 from btx_operator import attempts
 from btx_operator.attempts import change
@@ -325,8 +325,7 @@ def _graph(seen: Observed, status: Status, resolved: Resolved, members: Members 
     # Of a spec that is gone another one may have the id.
     if found is None or found[0] is not seen.spec:
         made = graph(seen.spec, resolved, members, versions=versions, uid=seen.uid)
-        over = status.condition(ConditionType.SUCCEEDED)
-        if over is not None and over.status != "Unknown":
+        if status.over:
             return made
         found = _GRAPHS[key] = (seen.spec, made)
         while len(_GRAPHS) > GRAPHS:

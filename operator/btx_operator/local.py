@@ -367,7 +367,7 @@ def settled(status: Status) -> bool:
     accepted = truths.get(ConditionType.ACCEPTED)
     if accepted == "False" or truths.get(ConditionType.SUSPENDED) == "True":
         return True
-    return accepted == "True" and truths.get(ConditionType.SUCCEEDED) != "Unknown"
+    return accepted == "True" and status.over
 
 
 def exit_code(status: Status) -> int:

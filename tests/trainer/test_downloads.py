@@ -3,47 +3,22 @@
 import os
 import threading
 import tracemalloc
-import uuid
 import zlib
 from collections import Counter
 from pathlib import Path
 
 import google_crc32c
 import pytest
-from btx_api.spec import Storage
-from btx_trainer import s3, s3_parts
+from btx_trainer import s3_parts
 from btx_trainer.artifacts import side_by_side
 from btx_trainer.s3_parts import joined
-from btx_trainer.storage import Conflict, Damaged, extend_crc, open_store
+from btx_trainer.storage import Conflict, Damaged, extend_crc
 from fault_proxy import Fault, Script, faulty
 from hypothesis import given
 from hypothesis import strategies as st
-from s3_server import BUCKET
+from s3_stores import MIB, store_at, write
 
-MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Small ranges, so that an object of a few MiB has several; no time is lost in pauses."""
-    monkeypatch.setattr(s3_parts, "PART_BYTES", 5 * MIB)
-    monkeypatch.setattr(s3, "PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(s3, "LONGEST_PAUSE_SECONDS", 0.01)
-
-
-@pytest.fixture
-def prefix():
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
-
-
-def store_at(endpoint, prefix):
-    return open_store(Storage(uri=prefix, endpoint=endpoint, region="us-east-1", path_style=True))
-
-
-def write(store, key, data):
-    with store.sink(key) as sink:
-        for start in range(0, len(data), MIB):
-            sink.write(data[start : start + MIB])
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @given(parts=st.lists(st.binary(max_size=300), max_size=6))

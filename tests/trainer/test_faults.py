@@ -5,7 +5,6 @@ import subprocess
 import threading
 import time
 import tracemalloc
-import uuid
 
 import pytest
 from btx_api.artifact import Maker, attempt_folder
@@ -15,39 +14,15 @@ from btx_trainer import s3, s3_parts
 from btx_trainer.artifacts import Attempt, find
 from btx_trainer.errors import CorruptInputError
 from btx_trainer.fingerprint import fingerprint_sources, hashes
-from btx_trainer.storage import Conflict, Damaged, FileStore, open_store, traffic
+from btx_trainer.storage import Conflict, Damaged, FileStore, traffic
 from builders import trials
 from fault_proxy import ALL, Fault, Script, faulty
-from s3_server import BUCKET, SECRET_KEY
+from s3_server import SECRET_KEY
+from s3_stores import MIB, store_at, write
 from tiny import ended, run_trainer, start_trainer
 
 STAGE = Stage(kind=Kind.MIX, version=1, recipe={}, inputs=(Content(fingerprint="f"),))
-MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Small parts, so that an object of a few MiB has several; no time is lost in pauses."""
-    monkeypatch.setattr(s3_parts, "PART_BYTES", 5 * MIB)
-    monkeypatch.setattr(s3, "PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(s3, "LONGEST_PAUSE_SECONDS", 0.01)
-
-
-@pytest.fixture
-def prefix():
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
-
-
-def store_at(endpoint, prefix, **options):
-    return open_store(
-        Storage(uri=prefix, endpoint=endpoint, region="us-east-1", path_style=True, **options)
-    )
-
-
-def write(store, key, data):
-    with store.sink(key) as sink:
-        for start in range(0, len(data), MIB):
-            sink.write(data[start : start + MIB])
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def commit(store, files, replaces=""):

@@ -14,6 +14,7 @@ from btx_operator.cluster.meters import Meters
 from btx_operator.cluster.objects import Key, PodObject, Record
 from btx_operator.cluster.settings import Settings
 from btx_operator.processes import dead_experts, pull
+from btx_operator.render import duration
 
 ROUND_SECONDS = 10.0
 AT_ONCE = 32
@@ -94,15 +95,3 @@ def in_words(running: list[Progress]) -> tuple[str, str]:
     slowest = max(known, key=lambda p: (p.eta_seconds or 0.0, -p.step / p.steps))
     share = min(100, int(100 * slowest.step / slowest.steps))
     return f"{share}%", "" if slowest.eta_seconds is None else duration(slowest.eta_seconds)
-
-
-def duration(seconds: float) -> str:
-    """The two largest units: `3d4h`, `1h10m`, `5m`, `40s`."""
-    days, rest = divmod(int(seconds), 86_400)
-    hours, rest = divmod(rest, 3600)
-    minutes, rest = divmod(rest, 60)
-    if days:
-        return f"{days}d{hours}h"
-    if hours:
-        return f"{hours}h{minutes}m"
-    return f"{minutes}m" if minutes else f"{rest}s"
