@@ -22,15 +22,15 @@ the ratios travel better than the seconds.
 SECTIONS = {
     "operator": (
         "operator: beside a bare create loop and the least controller",
-        """A real control plane (etcd, API server, controller manager, scheduler) and scripted pods on the
-machine of the bench; they take most of its two cores. *Creates*: the train Jobs of 100 runs, all
-due at the operator's start, beside a loop that creates as many copies of such a Job, 32 at a
-time; the operator also writes the runs' statuses in that time and, half a second later than each,
-its events. *Hand-off*: from the end of a Job to the appearance of the next one of its run, as one
-watch sees both, beside a controller of thirty lines that does nothing but watch, write a status
-with its version checked and create the next Job. *Memory* is the resident size of the operator's
-process; what the earlier rows left is deleted before. A *reconcile* while idle would be work that
-no fact asked for.""",
+        """A real control plane (etcd, API server, controller manager, scheduler) and scripted
+pods on the machine of the bench; they take most of its two cores. *Creates*: the train Jobs of
+100 runs, all due at the operator's start, beside a loop that creates as many copies of such a
+Job, 32 at a time; the operator also writes the runs' statuses in that time and, half a second
+later than each, its events. *Hand-off*: from the end of a Job to the appearance of the next one
+of its run, as one watch sees both, beside a controller of thirty lines that does nothing but
+watch, write a status with its version checked and create the next Job. *Memory* is the resident
+size of the operator's process; what the earlier rows left is deleted before. A *reconcile* while
+idle would be work that no fact asked for.""",
     ),
     "mix": (
         "mix: beside mergekit-moe and `cp`",
