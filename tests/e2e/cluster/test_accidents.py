@@ -10,6 +10,7 @@ import signal
 import time
 
 from cluster.cases import INDEX, LONG, TRAIN, Case, counts, processes, row
+from cluster.hollow_node import hollow_node
 from cluster.installation import RELEASE, SECRET, SYSTEM, Installation, condition
 from kubernetes import client
 from workspace import Workspace
@@ -71,14 +72,19 @@ def test_a_node_that_does_not_answer(long_case: Case) -> None:
     case.spec["execution"]["train"]["terminationGracePeriodSeconds"] = 60
     case.apply()
     case.training()
-    cluster.stop("kubelet")
-    try:
-        deadline = time.monotonic() + 120
-        while not any(p["metadata"].get("deletionTimestamp") for p in case.pods(TRAIN)):
-            assert time.monotonic() < deadline, case.kubectl("get", "pods", "-o", "wide")
-            time.sleep(1)
-    finally:
-        cluster.start("kubelet")
+    core = client.CoreV1Api(cluster.client())
+    # Where every node is silent Kubernetes may take itself for cut off, and evicts nothing.
+    with hollow_node(cluster) as another:
+        core.patch_node(another, {"spec": {"unschedulable": True}})
+        cluster.stop("kubelet")
+        try:
+            deadline = time.monotonic() + 180
+            while not any(p["metadata"].get("deletionTimestamp") for p in case.pods(TRAIN)):
+                assert time.monotonic() < deadline, case.kubectl("get", "pods", "-o", "wide")
+                time.sleep(1)
+        finally:
+            cluster.start("kubelet")
+    core.delete_node(another)
     found = case.trained()
 
     assert (found["state"], found["attempt"], found.get("failures", 0)) == ("Complete", 1, 0)
