@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ def grant(cluster: Cluster, rules: list[dict[str, list[str]]] = RULES) -> Path:
 class Operator:
     """One operator process; started again with the same settings."""
 
+    module = "btx_operator.cluster"
+    environment: Mapping[str, str] = {}
+
     def __init__(
         self, cluster: Cluster, kubeconfig: Path, *, name: str = "operator", **settings: Any
     ) -> None:
@@ -66,8 +69,8 @@ class Operator:
             self.cluster.parts[self.name].start()
             return
         self.cluster.add(
-            self.name, sys.executable, "-m", "btx_operator.cluster",
-            KUBECONFIG=str(self.kubeconfig), **{SETTINGS_ENV: json.dumps(self.settings)},
+            self.name, sys.executable, "-m", self.module, KUBECONFIG=str(self.kubeconfig),
+            **{SETTINGS_ENV: json.dumps(self.settings)}, **self.environment,
         )  # fmt: skip
 
     def stop(self, *, kill: bool = False) -> None:

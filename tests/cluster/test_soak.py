@@ -4,10 +4,13 @@ TRIALS=all plays a thousand runs, a day of a busy team; otherwise a few waves sh
 """
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
-from cluster.chaos import Lane, lanes, scaled, states, until
+from cluster.chaos import Kept, Lane, lanes, scaled, states, until
 from cluster.control_plane import Cluster
 from cluster.space import scripted
 from kubernetes import client
@@ -33,6 +36,16 @@ def files(one: Lane) -> int:
     part = one.operator._part
     assert part is not None and part.process is not None
     return len(list(Path(f"/proc/{part.process.pid}/fd").iterdir()))
+
+
+def tasks(one: Lane) -> int:
+    """Of the operator's loop."""
+    part, path = one.operator._part, Path(one.operator.environment["BTX_TASKS"])
+    assert part is not None and part.process is not None
+    path.unlink(missing_ok=True)
+    os.kill(part.process.pid, signal.SIGUSR2)
+    until(path.exists, 60)
+    return int(path.read_text())
 
 
 def sample(one: Lane, name: str) -> dict[str, float]:
@@ -80,11 +93,16 @@ def left(one: Lane) -> list[str]:
 
 
 @pytest.mark.usefixtures("hollow", "crd")
-def test_nothing_grows(cluster: Cluster, api: client.ApiClient) -> None:
-    """Memory, files, cache, queue and the cluster's objects, half-way and at the end."""
+def test_nothing_grows(
+    cluster: Cluster, api: client.ApiClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory, files, tasks, cache, queue and the cluster's objects, half-way and at the end."""
+    told = {"BTX_TASKS": str(tmp_path / "tasks"), "PYTHONPATH": ":".join(sys.path)}
+    monkeypatch.setattr(Kept, "module", "cluster.counted_operator")
+    monkeypatch.setattr(Kept, "environment", told)
     waves = scaled(1000 // WAVE, 2)
     with lanes(cluster, api, ["soak"], workers=8) as [one]:
-        marks = []
+        marks, idle = [], tasks(one)
         for number in range(waves):
             wave(one, api, number)
             print(f"wave {number}: {resident(one) / 2**20:.2f} MiB, {files(one)} files", flush=True)
@@ -97,5 +115,7 @@ def test_nothing_grows(cluster: Cluster, api: client.ApiClient) -> None:
         assert end - half < (GROWTH if waves > 2 else WARM)
         # Connections are kept for a while after a burst.
         until(lambda: files(one) <= half_files + 8, 120, lambda: str(files(one)))
+        # kopf has a task for each object that it has heard of lately.
+        until(lambda: tasks(one) <= idle, 60, lambda: f"{tasks(one)} tasks, {idle} at first")
         assert sample(one, "btx_operator_queue_depth") == {"btx_operator_queue_depth": 0.0}
         assert one.operator.exits == 0
