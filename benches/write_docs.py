@@ -19,6 +19,8 @@ own, pinned by `benches/peers.txt`.
 The figures, but for one table from a GPU, are of two processor cores that share a host with others;
 the ratios travel better than the seconds.
 """
+TRIALS = common.ROOT / "benches/trials.md"
+"""What `TRIALS=all` showed; written by hand."""
 SECTIONS = {
     "operator": (
         "operator: beside a bare create loop and the least controller",
@@ -101,6 +103,7 @@ def main() -> None:
     parts = [INTRODUCTION]
     for name, (title, method) in SECTIONS.items():
         parts += [f"## {title}", *([method] if method else []), section(name)]
+    parts.append(TRIALS.read_text())
     TARGET.write_text("\n\n".join(part.strip() for part in parts) + "\n")
     print(TARGET.relative_to(common.ROOT))
 
