@@ -283,11 +283,20 @@ def test_the_api_server_is_killed(cluster: Cluster, api: client.ApiClient, plain
     times: list[float] = []
     scripts = scripted(prepare={"seconds": 2}, train={"seconds": 3}, finetune={"seconds": 3})
 
+    def some_over() -> bool:
+        return any(_all_over_now(api, one) for one in made)
+
     with lanes(cluster, api, ["api-a", "api-b"], proxied=False, **PRODUCTION) as made:
         for one in made:
             one.run("run", execution=scripts)
-        for number in range(rounds):
-            until(lambda: all("Running" in states(api, one.name).values() for one in made), 60)
+        for _ in range(rounds):
+            until(
+                lambda: some_over()
+                or all("Running" in states(api, one.name).values() for one in made),
+                60, lambda: [states(api, one.name) for one in made],
+            )  # fmt: skip
+            if some_over():
+                break
             cluster.stop("kube-apiserver")
             time.sleep(3)
             cluster.start("kube-apiserver")
@@ -295,8 +304,6 @@ def test_the_api_server_is_killed(cluster: Cluster, api: client.ApiClient, plain
             for one in made:
                 until(lambda: _wrote_since(cluster, one.name, began), 3 * RECOVERY_SECONDS)  # noqa: B023
             times.append(time.time() - began)
-            if number + 1 < rounds and all(_all_over_now(api, one) for one in made):
-                break
         for one in made:
             all_over(api, one)
         did = {one.name: deeds(cluster, api, one.name)["run"] for one in made}
