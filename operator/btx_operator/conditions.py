@@ -4,7 +4,7 @@ decide.py calls `conclude` once it knows what is the case, then `events` with be
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +150,7 @@ def events(before: Status, after: Status, words: Mapping[tuple[str, int], str]) 
     """
     rows = {row.name: row for row in (*before.stages, *_errand(before))}
     reused = []
-    begun: dict[int, list[str]] = {}
+    changed = []
     for row in (*_errand(after), *after.stages):
         old = rows.get(row.name) or Row(name=row.name, digest="")
         if row.state is State.COMPLETE and row.attempt == 0 and old.state is not State.COMPLETE:
@@ -158,14 +158,8 @@ def events(before: Status, after: Status, words: Mapping[tuple[str, int], str]) 
         # Preflight that found problems has not failed: Accepted=False tells of them.
         elif row != old and not (row.name == PREFLIGHT and after.problems):
             yield from _told(row, old, words)
-            # A process that its backend began again is told of as preempted.
-            fresh = row.attempt != old.attempt and row.state is not old.state
-            if row.state is State.STARTING and fresh:
-                begun.setdefault(row.attempt, []).append(row.name)
-    for number, names in begun.items():
-        # One for all that begin together: ten lines say no more, and cost the cluster ten writes.
-        message = f"{brief(', '.join(names), MESSAGE_LENGTH)}: attempt {number}"
-        yield Event(reason=EventReason.ATTEMPT_STARTED, message=message)
+            changed.append((row, old))
+    yield from _begun(changed)
     if reused:
         message = brief(f"{len(reused)} complete already: {', '.join(reused)}", MESSAGE_LENGTH)
         yield Event(reason=EventReason.STAGES_REUSED, message=message)
@@ -184,6 +178,20 @@ def events(before: Status, after: Status, words: Mapping[tuple[str, int], str]) 
 
 def _errand(status: Status) -> tuple[Row, ...]:
     return () if status.preflight is None else (status.preflight,)
+
+
+def _begun(changed: Iterable[tuple[Row, Row]]) -> Iterator[Event]:
+    """One event for all attempts that begin together; `changed`: each row and what it was."""
+    begun: dict[int, list[str]] = {}
+    for row, old in changed:
+        # A process that its backend began again is told of as preempted.
+        fresh = row.attempt != old.attempt and row.state is not old.state
+        if row.state is State.STARTING and fresh:
+            begun.setdefault(row.attempt, []).append(row.name)
+    for number, names in begun.items():
+        # Ten lines say no more, and cost the cluster ten writes.
+        message = f"{brief(', '.join(names), MESSAGE_LENGTH)}: attempt {number}"
+        yield Event(reason=EventReason.ATTEMPT_STARTED, message=message)
 
 
 def _told(row: Row, old: Row, said: Mapping[tuple[str, int], str]) -> Iterator[Event]:
