@@ -1,10 +1,17 @@
 """What every test may use: a real S3 server, and a cache of hashes that ends with the session."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 from cluster import kueue
 from s3_server import serving
+
+LONG = (
+    "test_demo.py", "test_run.py", "test_chaos_faults.py", "test_chaos_kills.py", "test_soak.py",
+    "test_features_outcomes.py", "test_features_runs.py", "test_rbac.py", "e2e",
+)  # fmt: skip
+"""Files, and folders of files, that take minutes."""
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +27,19 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_configure() -> None:
+    """Programs that tests start and interrupt hear SIGINT, even if a shell began us in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes begin first, so that none is left alone at the end."""
+    rank = {name: number for number, name in enumerate(LONG)}
+    rest = len(LONG)
+    items.sort(key=lambda item: rank.get(item.path.name, rank.get(item.path.parent.name, rest)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

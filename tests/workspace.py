@@ -81,12 +81,11 @@ class Workspace:
         """Number of the latest attempt per stage."""
         return {row.name: row.attempt for row in self.status(run).stages}
 
-    def stage_folder(
-        self, stage: str, run: str = "tiny", storage: str = "build/demo/storage"
-    ) -> Path:
+    def stage_folder(self, stage: str, run: str = "tiny") -> Path:
         """Where a stage's artifact is in the storage."""
         row = next(row for row in self.status(run).stages if row.name == stage)
-        return self.folder / storage / "stages" / stage.split("-", maxsplit=1)[0] / row.digest
+        kind = stage.partition("-")[0]
+        return self.folder / "build/demo/storage/stages" / kind / row.digest
 
     def artifact(self, stage: str, run: str = "tiny") -> Path:
         """The folder of the files that a stage's manifest names."""
@@ -94,13 +93,11 @@ class Workspace:
         manifest = json.loads((folder / "manifest.json").read_text())
         return folder / "attempts" / manifest["token"]
 
-    def checksums(
-        self, run: str = "tiny", storage: str = "build/demo/storage"
-    ) -> dict[str, dict[str, str]]:
+    def checksums(self, run: str = "tiny") -> dict[str, dict[str, str]]:
         """crc32c of every file of every stage's artifact."""
         found = {}
         for row in self.status(run).stages:
-            text = (self.stage_folder(row.name, run, storage) / "manifest.json").read_text()
+            text = (self.stage_folder(row.name, run) / "manifest.json").read_text()
             found[row.name] = {f["name"]: f["crc32c"] for f in json.loads(text)["files"]}
         return found
 

@@ -230,3 +230,8 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+if __name__ == "__main__":
+    for part in (packages, kubernetes, coredns, kubectl, helm, prometheus):
+        print(f"{part.__name__}: {part()}", flush=True)

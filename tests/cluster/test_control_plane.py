@@ -32,9 +32,15 @@ def job(script: Any, **spec: Any) -> dict[str, Any]:
     return {"metadata": {"name": "job"}, "spec": {**policy, "template": template, **spec}}
 
 
-def until(listing: Callable[..., Any], namespace: str, wanted: Callable[[Any], bool]) -> Any:
-    """The first object (of a watch) that is as wanted; fails after a minute."""
-    stream = watch.Watch().stream(listing, namespace, timeout_seconds=60)
+def until(
+    listing: Callable[..., Any], namespace: str, wanted: Callable[[Any], bool], since: Any = None
+) -> Any:
+    """The first object (of a watch) that is as wanted; fails after a minute.
+
+    `since`: an object; what was and is gone again by now is seen too, from its version on.
+    """
+    start = {"resource_version": since.metadata.resource_version} if since else {}
+    stream = watch.Watch().stream(listing, namespace, timeout_seconds=60, **start)
     for event in stream:
         if event["type"] != "DELETED" and wanted(event["object"]):
             return event["object"]
@@ -137,10 +143,11 @@ def test_a_deleted_pod_ends_by_its_signal(
     }  # fmt: skip
     body = {"metadata": {"name": "pod", "annotations": annotations}, "spec": spec}
     core.create_namespaced_pod(namespace, body)
-    until(core.list_namespaced_pod, namespace, lambda pod: pod.status.phase == "Running")
+    pods = core.list_namespaced_pod
+    began = until(pods, namespace, lambda pod: pod.status.phase == "Running")
     core.delete_namespaced_pod("pod", namespace)
 
-    pod = until(core.list_namespaced_pod, namespace, lambda pod: pod.status.phase == "Failed")
+    pod = until(pods, namespace, lambda pod: pod.status.phase == "Failed", began)
     assert pod.status.container_statuses[0].state.terminated.exit_code == code
 
 

@@ -43,8 +43,8 @@ def probe(*words: str) -> dict[str, Any]:
     return {"restartPolicy": "Never", "terminationGracePeriodSeconds": 5, "containers": [container]}
 
 
-def serve(core: client.CoreV1Api, namespace: str) -> None:
-    """A pod `server` that answers 'hello' behind the Service `web`."""
+def serve(core: client.CoreV1Api, namespace: str) -> client.V1Pod:
+    """A running pod `server` that answers 'hello' behind the Service `web`."""
     core.create_namespaced_service(
         namespace,
         {
@@ -56,7 +56,7 @@ def serve(core: client.CoreV1Api, namespace: str) -> None:
     core.create_namespaced_pod(
         namespace, {"metadata": meta, "spec": probe("serve", ":8080", "hello")}
     )
-    until(core.list_namespaced_pod, namespace, lambda pod: pod.status.phase == "Running")
+    return until(core.list_namespaced_pod, namespace, lambda pod: pod.status.phase == "Running")
 
 
 def test_a_node_leaves_nothing_behind() -> None:
@@ -109,11 +109,12 @@ def test_an_evicted_pod_gets_its_signal_and_goes(
 ) -> None:
     """The eviction API: DisruptionTarget, SIGTERM within the grace period, exit code 143."""
     core = client.CoreV1Api(api)
-    serve(core, restricted)
+    began = serve(core, restricted)
     eviction = {"metadata": {"name": "server", "namespace": restricted}}
     core.create_namespaced_pod_eviction("server", restricted, eviction)
 
-    pod = until(core.list_namespaced_pod, restricted, lambda pod: pod.status.phase == "Failed")
+    pods = core.list_namespaced_pod
+    pod = until(pods, restricted, lambda pod: pod.status.phase == "Failed", began)
     gone(core, restricted)
     assert pod.status.container_statuses[0].state.terminated.exit_code == 143
     assert "DisruptionTarget" in [c.type for c in pod.status.conditions]

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from workspace import Workspace, flip
@@ -100,6 +101,24 @@ def test_verify_finds_a_flipped_byte_that_nobody_reads(finished: Workspace, tmp_
     assert changed(before, workspace.attempts()) == {"train-prose": 1}
 
 
+CUT: dict[str, Any] = {
+    "experts__0__tokens": 131_072,
+    # One thread in every stage: equal bits need equal thread counts.
+    "execution": {k: {"threads": 1, "checkpointSeconds": 1} for k in ("train", "finetune")},
+}
+"""Of a run that is cut in the middle of its first expert."""
+
+
+@pytest.fixture(scope="module")
+def straight(
+    inputs: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, str]]:
+    """The checksums of the same run that nobody cuts."""
+    workspace = inputs.copy(tmp_path_factory.mktemp("straight") / "w")
+    workspace.btx("run", workspace.manifest(**CUT))
+    return workspace.checksums()
+
+
 def checkpoints(workspace: Workspace) -> list[Path]:
     """Manifests of the checkpoints of all experts."""
     stages = workspace.folder / "build/demo/storage/stages/train"
@@ -116,17 +135,14 @@ def wait_for_checkpoint(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_leaves_no_process_and_resumes_to_the_same_bits(
-    inputs: Workspace, tmp_path: Path, kind: signal.Signals
+    inputs: Workspace,
+    straight: dict[str, dict[str, str]],
+    tmp_path: Path,
+    kind: signal.Signals,
 ) -> None:
     """Ctrl-C and SIGTERM checkpoint; SIGKILL of the engine takes its children with it."""
     workspace = inputs.copy(tmp_path / "w")
-    changes = {
-        "experts__0__tokens": 131_072,
-        # One thread in every stage: equal bits need equal thread counts.
-        "execution": {k: {"threads": 1, "checkpointSeconds": 1} for k in ("train", "finetune")},
-    }
-    straight = workspace.manifest("straight", storage__uri="file://straight", **changes)
-    stopped = workspace.manifest("stopped", **changes)
+    stopped = workspace.manifest("stopped", **CUT)
     process = workspace.start("run", stopped)
     wait_for_checkpoint(workspace)
     os.kill(process.pid, kind)
@@ -140,11 +156,10 @@ def test_a_stopped_run_leaves_no_process_and_resumes_to_the_same_bits(
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(kind, -9)
 
     workspace.btx("run", stopped)
-    workspace.btx("run", straight)
-    here, there = workspace.checksums("stopped"), workspace.checksums("straight", "straight")
+    here = workspace.checksums("stopped")
 
     for stage in ("train-code", "mix", "finetune"):
-        assert here[stage]["model.safetensors"] == there[stage]["model.safetensors"], stage
+        assert here[stage]["model.safetensors"] == straight[stage]["model.safetensors"], stage
 
 
 def test_runs_side_by_side_share_their_data(inputs: Workspace, tmp_path: Path) -> None:

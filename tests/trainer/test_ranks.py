@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from btx_api.artifact import HISTORY, checkpoints_folder
-from btx_api.spec import Optimizer, Routing, Trainable
+from btx_api.spec import Optimizer, Precision, Routing, Scheduling, Trainable
 from btx_api.stage import FinetuneRecipe, Progress, Task, TrainRecipe
 from btx_trainer import loop
 from btx_trainer.checkpoint import Checkpoints
+from btx_trainer.distributed import set_up
 from btx_trainer.errors import PreemptedError
 from btx_trainer.ranks import Ranks
 from btx_trainer.stages import finetune, train
@@ -26,6 +27,19 @@ WEIGHTS = "model.safetensors"
 STEPS = 4
 GENTLE = Optimizer(lr=0.1, warmup_steps=0, eps=0.1, clip=0.5)
 """A large eps makes an update a smooth function of the gradient; the norm is above 0.5."""
+
+
+def test_gpus_that_are_not_there_are_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A driver that does not fit costs days: it must not look like slow training."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    set_up(Scheduling(), Precision.FP32)
+    assert caplog.messages == []
+
+    compute = set_up(Scheduling(gpus=8), Precision.FP32)
+    assert compute.device.type == "cpu"
+    assert caplog.messages == ["gpus: 8 asked for, none seen; computing on the CPU"]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ rank nothing here touches the model. With several each holds a part of the rows 
 """
 
 import ctypes
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from transformers import PreTrainedModel
 
 from btx_trainer.errors import ConfigurationError
 from btx_trainer.ranks import Place, Ranks
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -128,6 +131,8 @@ def set_up(scheduling: Scheduling, precision: Precision) -> Compute:
     promised.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if scheduling.gpus and device.type == "cpu":
+        log.warning("gpus: %d asked for, none seen; computing on the CPU", scheduling.gpus)
     if scheduling.threads:
         torch.set_num_threads(scheduling.threads)
     torch.use_deterministic_algorithms(device.type == "cpu")
