@@ -114,19 +114,18 @@ def test_a_pod_that_cannot_start_waits_with_its_reason(
     )
 
     batch.delete_namespaced_job("job", namespace, propagation_policy="Background")
-    gone(core, namespace)
+    gone(core.list_namespaced_pod, namespace)
     assert pod.status.phase == "Pending"
     assert pod.status.container_statuses[0].state.waiting.reason == reason
 
 
-def gone(core: client.CoreV1Api, namespace: str) -> None:
-    """Until no pod is left."""
-    left = core.list_namespaced_pod(namespace)
+def gone(listing: Callable[..., Any], namespace: str) -> None:
+    """Until the one object that is left, if any, is not there either."""
+    left = listing(namespace)
     if left.items:
         stream = watch.Watch().stream(
-            core.list_namespaced_pod, namespace, timeout_seconds=60,
-            resource_version=left.metadata.resource_version,
-        )  # fmt: skip
+            listing, namespace, timeout_seconds=60, resource_version=left.metadata.resource_version
+        )
         assert any(event["type"] == "DELETED" for event in stream)
 
 
@@ -156,8 +155,9 @@ def test_a_finished_job_goes_by_its_ttl(api: client.ApiClient, namespace: str, h
     batch = client.BatchV1Api(api)
     run(api, namespace, job({}, ttlSecondsAfterFinished=1))
 
-    gone(client.CoreV1Api(api), namespace)
-    assert batch.list_namespaced_job(namespace).items == []
+    gone(client.CoreV1Api(api).list_namespaced_pod, namespace)
+    # The Job is deleted in the foreground: it is the last to go.
+    gone(batch.list_namespaced_job, namespace)
 
 
 def test_a_job_ends_although_the_api_server_was_killed(

@@ -115,6 +115,6 @@ def test_an_evicted_pod_gets_its_signal_and_goes(
 
     pods = core.list_namespaced_pod
     pod = until(pods, restricted, lambda pod: pod.status.phase == "Failed", began)
-    gone(core, restricted)
+    gone(pods, restricted)
     assert pod.status.container_statuses[0].state.terminated.exit_code == 143
     assert "DisruptionTarget" in [c.type for c in pod.status.conditions]
