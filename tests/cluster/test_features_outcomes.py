@@ -258,11 +258,16 @@ def test_deadlines_of_attempts(engine: Operator, space: Space) -> None:
         space.none_left("train-code", name)
         space.none_left("train-math", name)
         run = space.get(name)
-        rows = [row_of(run, stage) for stage in ("train-code", "train-math")]
-        assert f"policy.{policy} passed" in message
-        assert {row["state"] for row in rows} <= {"Failed", "Pending"}
+        stages = ("train-code", "train-math")
+        states = {stage: row_of(run, stage)["state"] for stage in stages}
+        # The first to be given up stops the other, unless both are late at the same look.
+        given_up = [stage for stage in stages if states[stage] == "Failed"]
+        assert given_up and set(states.values()) <= {"Failed", "Pending"}
         assert run["status"]["state"] == "Failed"
-        assert "train-code: policy." in space.event("StageGivenUp", name=name) + message
+        assert message.split(":")[0] in given_up
+        assert f"policy.{policy} passed" in message
+        for stage in given_up:
+            space.event("StageGivenUp", f"{stage}: policy.{policy} passed", name)
 
 
 @pytest.mark.shows("fail-run", "retry", "prune", "give-up-stops-others")
