@@ -1,7 +1,8 @@
 """The operator on a real control plane with scripted pods: creates, hand-offs, memory, idleness.
 
-Peers of the same run: a bare loop that creates the same Jobs, and the least controller: it watches,
-writes a status with its version checked, and creates the next Job (operator_peer.py).
+Peers of the same run: a bare loop that creates the same Jobs, and the least controller of the same
+graphs: it watches, writes a status with its version checked, and creates what is due
+(operator_peer.py).
 """
 
 import json
@@ -30,6 +31,17 @@ RUNS = ("btx.dev", "v1alpha1")
 NEVER = {SCRIPT: json.dumps({"begin": "never"})}
 WORKERS = 32
 """Creates at the same time, of the operator and of the bare loop."""
+EXPERTS = ("e00", "e01")
+GRAPH: dict[str, list[str]] = {
+    "preflight": [],
+    **{f"prepare-{name}": ["preflight"] for name in EXPERTS},
+    **{f"train-{name}": [f"prepare-{name}"] for name in EXPERTS},
+    "mix": [f"train-{name}" for name in EXPERTS],
+    "average": [f"train-{name}" for name in EXPERTS],
+    "finetune": ["mix"],
+    "evaluate": ["finetune", "average"],
+}
+"""What the stages of a run with two experts wait for last: the operator's and its peer's."""
 PAUSE = 2.0
 """Seconds between two runs of a chain: two cores that are full would measure the queue for them."""
 
@@ -209,23 +221,23 @@ class Bench:
             self.operator.start()
             self.operator.wait_ready()
             for i in range(runs):
-                self.create(space, a_run(f"r{i:03d}", f"chain-{number}-{i}", 2))
+                self.create(space, a_run(f"r{i:03d}", f"chain-{number}-{i}", len(EXPERTS)))
                 time.sleep(PAUSE)
             self.wait("chains", lambda: len(_ended(seen, "evaluate")) == runs)
             self.operator.stop()
             ours = [
                 gap
                 for run in {found["btx.dev/run"] for found in seen.labels.values()}
-                for gap in _gaps(seen, run)
+                for gap in _gaps(seen, _named(seen, run))
             ]
         with self.watching(bare) as seen:
             path = self.cluster.folder / "job.json"
-            self.peer("chain", bare, job=str(path), chains=runs, length=4, pause=PAUSE)
-            floor = []
-            for i in range(runs):
-                for step in range(3):
-                    ended = seen.ended[f"chain-{i}-{step}"]
-                    floor.append(seen.added[f"chain-{i}-{step + 1}"] - ended)
+            self.peer("runs", bare, job=str(path), runs=runs, graph=GRAPH, pause=PAUSE)
+            floor = [
+                gap
+                for i in range(runs)
+                for gap in _gaps(seen, {stage: f"run{i}-{stage}" for stage in GRAPH})
+            ]
         for name, gaps in (("ours", ours), ("floor", floor)):
             middle, most = quantile(gaps, 0.5), quantile(gaps, 0.99)
             print(f"  hand-offs, {name}: p50 {middle:.3f} s, p99 {most:.3f} s", flush=True)
@@ -306,15 +318,19 @@ def _ended(seen: JobWatch, stage: str) -> list[str]:
     return [name for name in seen.stages(stage) if name in seen.ended]
 
 
-def _gaps(seen: JobWatch, run: str) -> Iterator[float]:
-    """Stages that follow one another and wait for nothing else."""
-    names = {
-        found[STAGE]: name for name, found in seen.labels.items() if found.get("btx.dev/run") == run
-    }
-    for first, then in (("mix", "finetune"), ("prepare-e00", "train-e00")):
-        yield seen.added[names[then]] - seen.ended[names[first]]
-    both = max(seen.ended[names[stage]] for stage in ("finetune", "average"))
-    yield seen.added[names["evaluate"]] - both
+def _named(seen: JobWatch, run: str) -> dict[str, str]:
+    """The Job of each stage."""
+    pairs = list(seen.labels.items())
+    names = {found[STAGE]: name for name, found in pairs if found.get("btx.dev/run") == run}
+    assert names.keys() == GRAPH.keys(), names
+    return names
+
+
+def _gaps(seen: JobWatch, jobs: dict[str, str]) -> Iterator[float]:
+    """From the end of the last stage that a stage waits for to its Job."""
+    for stage, needs in GRAPH.items():
+        if needs:
+            yield seen.added[jobs[stage]] - max(seen.ended[jobs[need]] for need in needs)
 
 
 def quantile(values: list[float], share: float) -> float:

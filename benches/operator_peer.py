@@ -1,7 +1,7 @@
-"""The operator bench's peers: a bare create loop, and the least controller of a chain of Jobs.
+"""The operator bench's peers: a bare create loop, and the least controller of graphs of Jobs.
 
 operator_peer.py create KUBECONFIG NAMESPACE '{"job": FILE, "count": 1000, "concurrency": 32}'
-operator_peer.py chain KUBECONFIG NAMESPACE '{"job": FILE, "chains": 9, "length": 4, "pause": 1}'
+operator_peer.py runs KUBECONFIG NAMESPACE '{"job": FILE, "runs": 9, "graph": {}, "pause": 1}'
 """
 
 import asyncio
@@ -23,7 +23,7 @@ def blank(job: dict[str, Any], name: str, namespace: str, *, plays: bool) -> dic
     body.pop("status", None)
     meta = body["metadata"]
     body["metadata"] = {
-        "name": name, "namespace": namespace, "labels": {"bench": name.rpartition("-")[0]},
+        "name": name, "namespace": namespace, "labels": {"bench": name.partition("-")[0]},
         "annotations": meta["annotations"],
     }  # fmt: skip
     spec = body["spec"]
@@ -52,34 +52,48 @@ async def create(api: client.ApiClient, namespace: str, options: dict[str, Any])
     await asyncio.gather(*(work() for _ in range(options["concurrency"])))
 
 
-async def chain(api: client.ApiClient, namespace: str, options: dict[str, Any]) -> None:
-    """Each Job that ends is followed by a status write and the next one of its chain."""
+async def runs(api: client.ApiClient, namespace: str, options: dict[str, Any]) -> None:
+    """Each run's graph; what has ended is written to its status, then what is due is created."""
     batch, custom = client.BatchV1Api(api), client.CustomObjectsApi(api)
     job = json.loads(Path(options["job"]).read_text())
-    left, steps, tasks = options["chains"], dict[str, int](), set[asyncio.Task[None]]()
+    graph: dict[str, list[str]] = options["graph"]
+    stored, ended, begun = dict[str, Any](), dict[str, set[str]](), dict[str, set[str]]()
+    tasks, busy, left = set[asyncio.Task[None]](), set[str](), options["runs"]
+
+    async def create(name: str, stage: str) -> None:
+        body = blank(job, f"{name}-{stage}", namespace, plays=True)
+        await batch.create_namespaced_job(namespace, body)
 
     async def begin() -> None:
-        for number in range(options["chains"]):
+        for number in range(options["runs"]):
+            name = f"run{number}"
             run = {
-                "apiVersion": "/".join(RUNS), "kind": "BTXRun",
-                "metadata": {"name": f"chain-{number}"},
+                "apiVersion": "/".join(RUNS), "kind": "BTXRun", "metadata": {"name": name},
                 "spec": {
                     "suspend": True, "storage": {"uri": "s3://bench/floor"},
                     "seed": {"uri": "s3://bench/seed"},
                     "experts": [{"name": "a", "tokens": 1, "data": [{"uri": "s3://bench/a"}]}],
                 },
             }  # fmt: skip
-            await custom.create_namespaced_custom_object(*RUNS, namespace, PLURAL, run)
-            body = blank(job, f"chain-{number}-0", namespace, plays=True)
-            await batch.create_namespaced_job(namespace, body)
+            ended[name], begun[name] = set(), set()
+            stored[name] = await custom.create_namespaced_custom_object(
+                *RUNS, namespace, PLURAL, run
+            )
+            await go_on(name)
             await asyncio.sleep(options["pause"])
 
-    async def go_on(name: str, step: int) -> None:
-        run = await custom.get_namespaced_custom_object(*RUNS, namespace, PLURAL, name)
-        run["status"] = {"state": f"step {step}"}
-        await custom.replace_namespaced_custom_object_status(*RUNS, namespace, PLURAL, name, run)
-        body = blank(job, f"{name}-{step}", namespace, plays=True)
-        await batch.create_namespaced_job(namespace, body)
+    async def go_on(name: str) -> None:
+        if name in busy:
+            return
+        busy.add(name)
+        while due := [s for s in graph if s not in begun[name] and ended[name] >= {*graph[s]}]:
+            begun[name].update(due)
+            run = stored[name] | {"status": {"state": ", ".join(due)}}
+            stored[name] = await custom.replace_namespaced_custom_object_status(
+                *RUNS, namespace, PLURAL, name, run
+            )
+            await asyncio.gather(*(create(name, stage) for stage in due))
+        busy.discard(name)
 
     beginning = asyncio.create_task(begin())
     async for event in watch.Watch().stream(batch.list_namespaced_job, namespace):
@@ -87,17 +101,14 @@ async def chain(api: client.ApiClient, namespace: str, options: dict[str, Any]) 
         conditions = item.get("status", {}).get("conditions") or []
         if not any(c["type"] == "Complete" for c in conditions):
             continue
-        name, _, number = item["metadata"]["name"].rpartition("-")
-        step = int(number) + 1
-        if step <= steps.get(name, 0):
+        name, _, stage = item["metadata"]["name"].partition("-")
+        if stage in ended[name]:
             continue
-        steps[name] = step
-        if step < options["length"]:
-            task = asyncio.create_task(go_on(name, step))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-            continue
-        left -= 1
+        ended[name].add(stage)
+        task = asyncio.create_task(go_on(name))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        left -= len(ended[name]) == len(graph)
         if not left:
             break
     await beginning
@@ -107,7 +118,7 @@ async def main(what: str, kubeconfig: str, namespace: str, options: str) -> None
     """One of the two."""
     await config.load_kube_config(kubeconfig)
     async with client.ApiClient() as api:
-        await {"create": create, "chain": chain}[what](api, namespace, json.loads(options))
+        await {"create": create, "runs": runs}[what](api, namespace, json.loads(options))
 
 
 if __name__ == "__main__":

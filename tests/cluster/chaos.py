@@ -1,7 +1,7 @@
 """Operators that are killed and begun again, each in a namespace of its own; and what a run did.
 
-What a run did is told by the API server's audit log, by the Jobs and by the ledger of commits, never
-by the operator.
+What a run did is told by the API server's audit log, by the Jobs and by what is in S3, never by the
+operator.
 """
 
 import contextlib
@@ -16,15 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btx_api.names import GROUP, PLURAL, RUN_LABEL, STAGE_LABEL, VERSION
+from btx_api.names import GROUP, MANIFEST, PLURAL, RUN_LABEL, STAGE_LABEL, VERSION
+from btx_api.spec import Storage
+from btx_trainer.storage import open_store
 from builders import trials
 from cluster.api_proxy import ApiProxy
 from cluster.control_plane import Cluster
 from cluster.operator_process import USER, Operator, grant
 from cluster.parts import Part
-from cluster.played_trainer import commits
 from cluster.space import Object, Space, attempt
 from kubernetes import client
+from s3_server import BUCKET
 from urllib3.exceptions import HTTPError
 
 RECOVERY_SECONDS = 90
@@ -105,9 +107,21 @@ class Lane:
         """Of the namespace."""
         return self.space.name
 
+    @property
+    def cluster(self) -> Cluster:
+        """Where it is."""
+        return self.space.cluster
+
     def run(self, name: str, **changes: Any) -> None:
         """Creates a run with a storage of its own."""
-        self.space.run(name, storage={"uri": f"file://{self.name}-{name}"}, **changes)
+        self.space.run(name, storage=storage_of(self.cluster, self.name, name), **changes)
+
+
+def storage_of(cluster: Cluster, namespace: str, run: str) -> Object:
+    """The storage of a run of a lane: a prefix of its own in S3."""
+    assert cluster.s3_endpoint, "the module does not use the fixture `storage`"
+    uri = f"s3://{BUCKET}/{namespace}/{run}"
+    return {"uri": uri, "endpoint": cluster.s3_endpoint, "pathStyle": True}
 
 
 @contextlib.contextmanager
@@ -175,7 +189,7 @@ class Deeds:
     """The same of the Jobs that are there."""
     pods: int
     committed: tuple[str, ...]
-    """Digests, once for each commit."""
+    """Digests of the artifacts in S3, once for each pod that wrote one."""
 
 
 FIELDS = ("name", "digest", "state", "attempt", "failures", "preemptions", "lost", "check", "gain")
@@ -203,7 +217,6 @@ def deeds(cluster: Cluster, api: client.ApiClient, namespace: str) -> dict[str, 
     made = created(cluster, namespace)
     jobs = _listed(client.BatchV1Api(api).list_namespaced_job, namespace)
     pods = _listed(client.CoreV1Api(api).list_namespaced_pod, namespace)
-    done = [line for line in commits(cluster.ledger) if line["namespace"] == namespace]
     found = {}
     for run in runs:
         name = run["metadata"]["name"]
@@ -217,9 +230,18 @@ def deeds(cluster: Cluster, api: client.ApiClient, namespace: str) -> dict[str, 
             jobs=tuple(sorted(stages.get(job, job) for job in made if job.startswith(f"{name}-"))),
             left=tuple(sorted(stages.values())),
             pods=sum(pod["metadata"]["labels"][RUN_LABEL] == name for pod in pods),
-            committed=tuple(sorted(line["digest"] for line in done if line["run"] == name)),
+            committed=_committed(cluster, namespace, name),
         )
     return found
+
+
+def _committed(cluster: Cluster, namespace: str, run: str) -> tuple[str, ...]:
+    store = open_store(Storage.model_validate(storage_of(cluster, namespace, run)))
+    keys = [head.key.split("/") for head in store.list("stages/")]
+    manifests = [digest for _, _, digest, *rest in keys if rest == [MANIFEST]]
+    written = [digest for _, _, digest, place, *_ in keys if place == "attempts"]
+    assert sorted(manifests) == sorted(set(written)), keys
+    return tuple(sorted(written))
 
 
 def created(cluster: Cluster, namespace: str) -> list[str]:

@@ -61,6 +61,12 @@ def crd(cluster: Cluster) -> None:
 
 
 @pytest.fixture(scope="module")
+def storage(cluster: Cluster, s3_endpoint: str) -> None:
+    """The lanes of chaos.py keep their artifacts on a real S3 server."""
+    cluster.s3_endpoint = s3_endpoint
+
+
+@pytest.fixture(scope="module")
 def trainer_port() -> int:
     """Where the operator asks trainers for their progress."""
     return free_ports(1)[0]

@@ -43,6 +43,8 @@ class Cluster:
     port: int
     enter: tuple[str, ...] = ()
     parts: dict[str, Part] = field(default_factory=dict)
+    s3_endpoint: str = ""
+    """Of a real server, where chaos keeps what its runs make."""
     _ports: list[int] = field(default_factory=list)
 
     @property
@@ -110,7 +112,8 @@ class Cluster:
         """Polls until `done`, as long as all parts live; for things that offer no watch."""
         until = time.monotonic() + seconds
         while not done():
-            for part in self.parts.values():
+            # Lanes in other threads add parts and take them out.
+            for part in list(self.parts.values()):
                 if part.process is not None:
                     part.check()
             if time.monotonic() > until:

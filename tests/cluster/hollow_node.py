@@ -26,6 +26,7 @@ from cluster.control_plane import Cluster, ready
 from cluster.played_trainer import PlayedTrainer, task_of
 from kubernetes.aio import client, config, watch
 from kubernetes.client import CoreV1Api
+from s3_server import CREDENTIALS
 
 SCRIPT, EXIT = "hollow.test/script", "hollow.test/exit"
 LABEL = "hollow.test/node"
@@ -251,7 +252,8 @@ class HollowNode:
             if act.end is End.EVICT:
                 await self._evicted(uid, started)
             else:
-                code, message = self._left(uid, act)
+                # It may talk to a storage, and other pods go on meanwhile.
+                code, message = await asyncio.to_thread(self._left, uid, act)
                 await self._ended(uid, started, code, message, reason=act.reason)
             return
         if act.deaf:
@@ -361,7 +363,7 @@ class HollowNode:
 def hollow_node(cluster: Cluster, name: str = "hollow-1") -> Iterator[str]:
     """A hollow node as a part of the cluster; its name, once it is ready for pods."""
     module = (sys.executable, "-m", "cluster.hollow_node", cluster.kubeconfig, name, cluster.ledger)
-    cluster.add(name, *module, PYTHONPATH=":".join(sys.path))
+    cluster.add(name, *module, PYTHONPATH=":".join(sys.path), **CREDENTIALS)
     core = CoreV1Api(cluster.client())
     try:
         cluster.wait_for(f"node {name}", lambda: ready(core, name))

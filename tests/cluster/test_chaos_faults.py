@@ -43,7 +43,7 @@ Act = Callable[[Lane], object]
 
 
 @pytest.fixture(scope="module")
-def plain(cluster: Cluster, api: client.ApiClient, hollow: str, crd: None) -> Deeds:
+def plain(cluster: Cluster, api: client.ApiClient, hollow: str, crd: None, storage: None) -> Deeds:
     """A run without faults."""
     return plain_run(cluster, api)[0]
 

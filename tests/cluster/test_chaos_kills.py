@@ -61,7 +61,7 @@ class OneKill:
 
 @pytest.fixture(scope="module")
 def plain(
-    cluster: Cluster, api: client.ApiClient, hollow: str, crd: None
+    cluster: Cluster, api: client.ApiClient, hollow: str, crd: None, storage: None
 ) -> tuple[Deeds, Counter[str]]:
     """A run without faults, and its writes."""
     return plain_run(cluster, api)

@@ -25,7 +25,7 @@ from kubernetes import client
 
 
 @pytest.fixture(scope="module")
-def plain(cluster: Cluster, api: client.ApiClient, hollow: str, crd: None) -> Deeds:
+def plain(cluster: Cluster, api: client.ApiClient, hollow: str, crd: None, storage: None) -> Deeds:
     """A run of one operator."""
     return plain_run(cluster, api)[0]
 

@@ -27,7 +27,7 @@ TRAINS = ("train-code", "train-math")
 
 
 @pytest.fixture(scope="module")
-def plain(cluster: Cluster, api: client.ApiClient, hollow: str, crd: None) -> Deeds:
+def plain(cluster: Cluster, api: client.ApiClient, hollow: str, crd: None, storage: None) -> Deeds:
     """A run whose Jobs stay."""
     return plain_run(cluster, api)[0]
 
