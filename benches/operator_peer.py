@@ -58,7 +58,7 @@ async def runs(api: client.ApiClient, namespace: str, options: dict[str, Any]) -
     job = json.loads(Path(options["job"]).read_text())
     graph: dict[str, list[str]] = options["graph"]
     stored, ended, begun = dict[str, Any](), dict[str, set[str]](), dict[str, set[str]]()
-    tasks, busy, left = set[asyncio.Task[None]](), set[str](), options["runs"]
+    busy, left = set[str](), options["runs"]
 
     async def create(name: str, stage: str) -> None:
         body = blank(job, f"{name}-{stage}", namespace, plays=True)
@@ -88,30 +88,28 @@ async def runs(api: client.ApiClient, namespace: str, options: dict[str, Any]) -
         busy.add(name)
         while due := [s for s in graph if s not in begun[name] and ended[name] >= {*graph[s]}]:
             begun[name].update(due)
-            run = stored[name] | {"status": {"state": ", ".join(due)}}
+            run = stored[name] | {"status": {"state": f"{len(begun[name])} stages"}}
             stored[name] = await custom.replace_namespaced_custom_object_status(
                 *RUNS, namespace, PLURAL, name, run
             )
             await asyncio.gather(*(create(name, stage) for stage in due))
         busy.discard(name)
 
-    beginning = asyncio.create_task(begin())
-    async for event in watch.Watch().stream(batch.list_namespaced_job, namespace):
-        item = event["raw_object"]
-        conditions = item.get("status", {}).get("conditions") or []
-        if not any(c["type"] == "Complete" for c in conditions):
-            continue
-        name, _, stage = item["metadata"]["name"].partition("-")
-        if stage in ended[name]:
-            continue
-        ended[name].add(stage)
-        task = asyncio.create_task(go_on(name))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        left -= len(ended[name]) == len(graph)
-        if not left:
-            break
-    await beginning
+    async with asyncio.TaskGroup() as group:
+        group.create_task(begin())
+        async for event in watch.Watch().stream(batch.list_namespaced_job, namespace):
+            item = event["raw_object"]
+            conditions = item.get("status", {}).get("conditions") or []
+            if not any(c["type"] == "Complete" for c in conditions):
+                continue
+            name, _, stage = item["metadata"]["name"].partition("-")
+            if stage in ended[name]:
+                continue
+            ended[name].add(stage)
+            group.create_task(go_on(name))
+            left -= len(ended[name]) == len(graph)
+            if not left:
+                break
 
 
 async def main(what: str, kubeconfig: str, namespace: str, options: str) -> None:
