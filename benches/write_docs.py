@@ -30,13 +30,12 @@ pods on the machine of the bench; they take most of its two cores. *Creates*: th
 Job, 32 at a time; the operator also writes the runs' statuses in that time and, half a second
 later than each, its events. That ratio scatters with what else the machine's host does: on the two
 days on which it was measured, single rounds went from 0.62 to 1.13 with the same code.
-*Hand-off*: from the end of the last stage that a stage waits for to the appearance of its Job, all
-stages of runs with two experts, as one watch sees both, beside a controller of forty lines that plays
-the same graphs and does nothing but watch, write a status with its version checked and create what
-is due. Until 2026-11-26 it played four Jobs in a row with nothing beside them: p99 was 1.9 of that.
-*Memory* is the resident
-size of the operator's process; what the earlier rows left is deleted before. A *reconcile* while
-idle would be work that no fact asked for.""",
+*Hand-off*: from the end of the last stage that a stage waits for to the appearance of its Job,
+all stages of runs with two experts, as one watch sees both, beside a controller of forty lines
+that plays the same graphs and does nothing but watch, write a status with its version checked and
+create what is due. Until 2026-11-26 it played four Jobs in a row with nothing beside them: p99 was
+1.9 of that. *Memory* is the resident size of the operator's process; what the earlier rows left is
+deleted before. A *reconcile* while idle would be work that no fact asked for.""",
     ),
     "mix": (
         "mix: beside mergekit-moe and `cp`",
