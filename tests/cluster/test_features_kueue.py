@@ -103,7 +103,7 @@ def admission(request: pytest.FixtureRequest, space: Space) -> Kueue:
 @pytest.mark.shows("kueue-label", "kueue-queued", "kueue-injects", "deadlines-pause")
 def test_a_job_of_a_queue_is_admitted(engine: Operator, space: Space, admission: Kueue) -> None:
     """Created suspended: Queued, no deadline runs. What is injected is never undone."""
-    policy = {"pendingDeadlineSeconds": 3, "expertDeadlineSeconds": 3600}
+    policy = {"pendingDeadlineSeconds": 6, "expertDeadlineSeconds": 3600}
     space.run(policy=policy, execution=queued({}))
     code = space.job("train-code")
     math = space.job("train-math")
@@ -113,7 +113,7 @@ def test_a_job_of_a_queue_is_admitted(engine: Operator, space: Space, admission:
     run = space.until(lambda run: row_of(run, "train-math")["state"] == "Queued"
                       and row_of(run, "train-code")["state"] == "Queued")  # fmt: skip
     assert (run["status"]["state"], "expertSince" in run["status"]) == ("Queued", False)
-    wait_past(space, 4)
+    wait_past(space, 7)
     admission.admit(code, math)
     done = space.succeeded()
 

@@ -226,7 +226,8 @@ def test_a_job_deleted_by_hand(engine: Operator, space: Space) -> None:
 def test_finished_jobs_that_are_deleted_do_not_run_again(engine: Operator, space: Space) -> None:
     """While the run goes on, and after its end: results are in status."""
     space.run(execution=scripted(train={"stages": {"train-math": TOLD}}))
-    space.until_row("train-code", state="Complete")
+    for stage in ("prepare-general", "train-code"):
+        space.until_row(stage, state="Complete")
     space.pod("train-math", running)
     done = [job for job in space.jobs() if ended(job)]
     for job in done:
@@ -250,7 +251,8 @@ def test_deadlines_of_attempts(engine: Operator, space: Space) -> None:
     """A stage that runs too long, or whose pod does not start, is given up; SIGTERM, Job deleted."""
     space.run("long", policy={"activeDeadlineSeconds": 8}, execution=scripted(train=TOLD))
     space.run(
-        "stuck", policy={"pendingDeadlineSeconds": 2},
+        # Pods of the stages before it have to begin within it on a busy machine.
+        "stuck", policy={"pendingDeadlineSeconds": 6},
         execution=scripted(train={"begin": "never"}), storage={"uri": f"file://{space.name}-2"},
     )  # fmt: skip
     for name, policy in (("long", "activeDeadlineSeconds"), ("stuck", "pendingDeadlineSeconds")):
