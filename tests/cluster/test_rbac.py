@@ -243,7 +243,7 @@ def _allow(cluster: Cluster, api: client.ApiClient, user: str, rules: list[dict[
 
 
 def test_every_right_is_needed(
-    cluster: Cluster, api: client.ApiClient, hollow: str, crd: None
+    cluster: Cluster, api: client.ApiClient, hollow: str, crd: None, storage: None
 ) -> None:
     """Without one of them something fails; once it is granted that works, without a restart."""
     problems = []
