@@ -107,14 +107,9 @@ class Lane:
         """Of the namespace."""
         return self.space.name
 
-    @property
-    def cluster(self) -> Cluster:
-        """Where it is."""
-        return self.space.cluster
-
     def run(self, name: str, **changes: Any) -> None:
         """Creates a run with a storage of its own."""
-        self.space.run(name, storage=storage_of(self.cluster, self.name, name), **changes)
+        self.space.run(name, storage=storage_of(self.space.cluster, self.name, name), **changes)
 
 
 def storage_of(cluster: Cluster, namespace: str, run: str) -> Object:
