@@ -60,7 +60,7 @@ async def runs(api: client.ApiClient, namespace: str, options: dict[str, Any]) -
     stored, ended, begun = dict[str, Any](), dict[str, set[str]](), dict[str, set[str]]()
     busy, left = set[str](), options["runs"]
 
-    async def create(name: str, stage: str) -> None:
+    async def begin_stage(name: str, stage: str) -> None:
         body = blank(job, f"{name}-{stage}", namespace, plays=True)
         await batch.create_namespaced_job(namespace, body)
 
@@ -92,7 +92,7 @@ async def runs(api: client.ApiClient, namespace: str, options: dict[str, Any]) -
             stored[name] = await custom.replace_namespaced_custom_object_status(
                 *RUNS, namespace, PLURAL, name, run
             )
-            await asyncio.gather(*(create(name, stage) for stage in due))
+            await asyncio.gather(*(begin_stage(name, stage) for stage in due))
         busy.discard(name)
 
     async with asyncio.TaskGroup() as group:

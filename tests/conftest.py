@@ -1,7 +1,10 @@
 """What every test may use: a real S3 server, and a cache of hashes that ends with the session."""
 
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cluster import kueue
@@ -19,6 +22,19 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of an S3 server of this session."""
     with serving(tmp_path_factory.mktemp("s3")) as endpoint:
         yield endpoint
+
+
+@pytest.fixture(autouse=True, scope="session")
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What killed processes leave in the temporary folder, gigabytes of models, ends too."""
+    tmp_path_factory.getbasetemp()  # pytest's own is beside it, not in it
+    folder = Path(tempfile.mkdtemp(prefix="btx-tests-"))
+    folder.chmod(0o1777)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", str(folder))
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

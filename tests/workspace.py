@@ -38,8 +38,13 @@ class Workspace:
         shutil.copytree(self.folder, folder, symlinks=True)
         return Workspace(folder)
 
-    def manifest(self, name: str = "tiny", *, method: str = "BTX", **changes: Any) -> str:
-        """Writes the quickstart cut down to seconds; returns the file's name."""
+    def manifest(
+        self, name: str = "tiny", *, method: str = "BTX", tasks: bool = False, **changes: Any
+    ) -> str:
+        """Writes the quickstart cut down to seconds; returns the file's name.
+
+        Its questions take a third of the run's time, so they are asked only with `tasks`.
+        """
         source = "quickstart-dense.yaml" if method == "Dense" else "quickstart.yaml"
         run = yaml.safe_load((REPOSITORY / "examples" / source).read_text())
         run["metadata"]["name"] = name
@@ -50,7 +55,9 @@ class Workspace:
         for block in (spec["train"], *([spec["finetune"]] if method == "BTX" else [])):
             block["heldOutTokens"] = 1024
         spec["finetune"]["data"][0]["tokens"] = 8192
-        spec["evaluate"]["tokens"] = 2048
+        spec["evaluate"]["tokens"] = 512
+        if not tasks:
+            del spec["evaluate"]["tasks"]
         spec["policy"]["backoffSeconds"] = 0
         for path, value in changes.items():
             _put(spec, path.split("__"), value)
@@ -86,6 +93,12 @@ class Workspace:
         row = next(row for row in self.status(run).stages if row.name == stage)
         kind = stage.partition("-")[0]
         return self.folder / "build/demo/storage/stages" / kind / row.digest
+
+    def forget(self, *stages: str, run: str = "tiny") -> None:
+        """Removes what these stages have left in the storage, and every run's own folder."""
+        for stage in stages:
+            shutil.rmtree(self.stage_folder(stage, run))
+        shutil.rmtree(self.folder / ".btx")
 
     def artifact(self, stage: str, run: str = "tiny") -> Path:
         """The folder of the files that a stage's manifest names."""

@@ -2,10 +2,12 @@
 
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster.chaos import Deeds, plain_run
 from cluster.control_plane import Cluster, control_plane
 from cluster.hollow_node import hollow_node
 from cluster.operator_process import Operator, operator
@@ -64,6 +66,20 @@ def crd(cluster: Cluster) -> None:
 def storage(cluster: Cluster, s3_endpoint: str) -> None:
     """The lanes of chaos.py keep their artifacts on a real S3 server."""
     cluster.s3_endpoint = s3_endpoint
+
+
+@pytest.fixture(scope="module")
+def plain_and_writes(
+    cluster: Cluster, api: client.ApiClient, hollow: str, crd: None, storage: None
+) -> tuple[Deeds, Counter[str]]:
+    """A run without faults, and its writes by `verb resource`."""
+    return plain_run(cluster, api)
+
+
+@pytest.fixture(scope="module")
+def plain(plain_and_writes: tuple[Deeds, Counter[str]]) -> Deeds:
+    """A run without faults."""
+    return plain_and_writes[0]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 from btx_api.metrics import ENGINE
 from cluster.api_proxy import Answer, Broken, Empty, Error, Fault, Lost, Request, Slow
 from cluster.chaos import (
@@ -24,7 +23,6 @@ from cluster.chaos import (
     deeds,
     differences,
     lanes,
-    plain_run,
     recovered,
     scaled,
     states,
@@ -39,12 +37,6 @@ TRAINS = ("train-code", "train-math")
 PRODUCTION = {"resyncSeconds": 300}
 Rule = Callable[[Request], Fault | None]
 Act = Callable[[Lane], object]
-
-
-@pytest.fixture(scope="module")
-def plain(cluster: Cluster, api: client.ApiClient, hollow: str, crd: None, storage: None) -> Deeds:
-    """A run without faults."""
-    return plain_run(cluster, api)[0]
 
 
 def nothing(request: Request) -> Fault | None:

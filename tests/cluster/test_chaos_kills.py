@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-import pytest
 from btx_api.stage import Kind
 from cluster.api_proxy import Fault, Kill, Request
 from cluster.chaos import (
@@ -18,7 +17,6 @@ from cluster.chaos import (
     deeds,
     differences,
     lanes,
-    plain_run,
     quiet,
     recovered,
     scaled,
@@ -59,17 +57,11 @@ class OneKill:
         return Kill(after)
 
 
-@pytest.fixture(scope="module")
-def plain(
-    cluster: Cluster, api: client.ApiClient, hollow: str, crd: None, storage: None
-) -> tuple[Deeds, Counter[str]]:
-    """A run without faults, and its writes."""
-    return plain_run(cluster, api)
-
-
-def test_every_run_does_the_same_without_faults(plain: tuple[Deeds, Counter[str]]) -> None:
+def test_every_run_does_the_same_without_faults(
+    plain_and_writes: tuple[Deeds, Counter[str]],
+) -> None:
     """What the tests below compare with: each stage once, each digest committed once."""
-    found, writes = plain
+    found, writes = plain_and_writes
 
     assert '"state": "Succeeded"' in found.ending
     assert len(found.jobs) == len(set(found.jobs)) == len(found.left) == found.pods == 10
@@ -79,10 +71,10 @@ def test_every_run_does_the_same_without_faults(plain: tuple[Deeds, Counter[str]
 
 
 def test_killed_at_every_write(
-    cluster: Cluster, api: client.ApiClient, plain: tuple[Deeds, Counter[str]]
+    cluster: Cluster, api: client.ApiClient, plain_and_writes: tuple[Deeds, Counter[str]]
 ) -> None:
     """Before write k is sent, and after it was applied but before the answer: 0 duplicates."""
-    expected, writes = plain
+    expected, writes = plain_and_writes
     points = [
         (what, number, after)
         for what, few in FEW.items()
@@ -149,10 +141,10 @@ def _one_kill(api: client.ApiClient, one: Lane, rule: OneKill) -> float | None:
 
 
 def test_killed_at_random(
-    cluster: Cluster, api: client.ApiClient, plain: tuple[Deeds, Counter[str]]
+    cluster: Cluster, api: client.ApiClient, plain_and_writes: tuple[Deeds, Counter[str]]
 ) -> None:
     """100 kills over 20 runs (TRIALS=all), at any moment, while the operator starts too."""
-    expected, _ = plain
+    expected, _ = plain_and_writes
     runs = scaled(20, few=4)
     counter = itertools.count()
     hits: list[bool] = []

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 
-import pytest
 from cluster.api_proxy import ApiProxy
 from cluster.chaos import (
     RECOVERY_SECONDS,
@@ -13,7 +12,6 @@ from cluster.chaos import (
     all_over,
     deeds,
     lanes,
-    plain_run,
     quiet,
     scaled,
     until,
@@ -22,12 +20,6 @@ from cluster.control_plane import Cluster
 from cluster.operator_process import USER
 from cluster.space import TOLD, deleting, running, scripted
 from kubernetes import client
-
-
-@pytest.fixture(scope="module")
-def plain(cluster: Cluster, api: client.ApiClient, hollow: str, crd: None, storage: None) -> Deeds:
-    """A run of one operator."""
-    return plain_run(cluster, api)[0]
 
 
 @contextlib.contextmanager

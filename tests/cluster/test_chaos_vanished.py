@@ -15,7 +15,6 @@ from cluster.chaos import (
     deeds,
     lane,
     lanes,
-    plain_run,
     quiet,
     until,
 )
@@ -24,12 +23,6 @@ from cluster.space import ended, running, scripted
 from kubernetes import client
 
 TRAINS = ("train-code", "train-math")
-
-
-@pytest.fixture(scope="module")
-def plain(cluster: Cluster, api: client.ApiClient, hollow: str, crd: None, storage: None) -> Deeds:
-    """A run whose Jobs stay."""
-    return plain_run(cluster, api)[0]
 
 
 @contextlib.contextmanager

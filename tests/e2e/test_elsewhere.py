@@ -37,7 +37,7 @@ def test_a_mistral_run_on_s3_ends_in_a_model_that_stock_code_loads(
         "uri": f"s3://{BUCKET}/mistral", "endpoint": s3_endpoint, "region": "us-east-1",
         "pathStyle": True,
     }  # fmt: skip
-    manifest = workspace.manifest(storage=storage)
+    manifest = workspace.manifest(storage=storage, tasks=True)
 
     workspace.btx("run", manifest)
     (workspace.folder / ".btx").rename(workspace.folder / "elsewhere")

@@ -91,7 +91,6 @@ def with_inputs_there(workspace: Workspace, prefix: str, **changes: Any) -> str:
         execution={kind: {"threads": 1} for kind in ("train", "finetune", "evaluate")},
         finetune__data__0__domains={"code": 1, "math": 1},
         evaluate__domains=[{"name": "code"}, {"name": "math"}],
-        evaluate__tasks=[],
         **changes,
     )
     path = workspace.folder / name

@@ -70,6 +70,8 @@ def test_a_node_that_does_not_answer(long_case: Case) -> None:
         for key in ("not-ready", "unreachable")
     ]  # fmt: skip
     case.spec["execution"]["train"]["terminationGracePeriodSeconds"] = 60
+    # It trains on alone while nobody can reach it, and is not to be done before its node is back.
+    case.spec["experts"][0]["tokens"] *= 2
     case.apply()
     case.training()
     core = client.CoreV1Api(cluster.client())
