@@ -18,6 +18,7 @@ from btx_api.spec import (
     Model,
     Optimizer,
     Routing,
+    Scheduling,
     Train,
     parse_count,
 )
@@ -79,6 +80,15 @@ def test_defaults_in_crd_and_models_are_equal() -> None:
     filled = fill(a_spec(), spec_schema())
 
     assert BTXRunSpec.parse(filled) == BTXRunSpec.parse(a_spec())
+
+
+def test_a_run_is_not_filled_with_blocks_of_scheduling() -> None:
+    """They would be half of what is stored; one that the user wrote is whole."""
+    assert fill(a_spec(), spec_schema())["execution"] == {}
+    filled = fill({**a_spec(), "execution": {"train": {"gpus": 8}}}, spec_schema())
+    assert set(filled["execution"]) == {"train"}
+    whole = Scheduling(gpus=8).model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert filled["execution"]["train"] == whole
 
 
 def test_an_experts_overlay_has_no_server_side_default() -> None:
