@@ -28,9 +28,8 @@ SECTIONS = {
 pods on the machine of the bench; they take most of its two cores. *Creates*: the train Jobs of
 100 runs, all due at the operator's start, beside a loop that creates as many copies of such a
 Job, 32 at a time; the operator also writes the runs' statuses in that time and, half a second
-later than each, its events. That ratio scatters with what else the machine's host does: on the two
-days on which it was measured, single rounds went from 0.62 to 1.13, and the code of 1.13 gave 0.73
-on the second day.
+later than each, its events. That ratio scatters with what else the machine's host does: over three
+days single rounds went from 0.55 to 1.13, and one commit gave 1.13 on one day and 0.73 on the next.
 *Hand-off*: from the end of the last stage that a stage waits for to the appearance of its Job,
 all stages of runs with two experts, as one watch sees both, beside a controller of forty lines
 that plays the same graphs and does nothing but watch, write a status with its version checked and

@@ -31,7 +31,7 @@ def ready(workspace: Workspace) -> Path:
     folder = workspace.folder / "build/demo/ready"
     shutil.copytree(workspace.folder / "build/demo/init", folder)
     workspace.manifest(
-        experts__2={"name": "math", "model": "file://build/demo/ready"},
+        experts__1={"name": "math", "model": "file://build/demo/ready"},
         finetune__data=[{"tokens": 2048, "domains": {"code": 1}}],
         evaluate__domains=[{"name": "code"}],
     )
@@ -143,9 +143,9 @@ ROWS: list[tuple[Callable[[Workspace], None], tuple[str, ...]]] = [
     (unknown_config_field, ("seed", "novel_scaling")),
     (truncated_seed, ("seed", "model.safetensors")),
     (no_tokenizer, ("prepare.tokenizer", "No such file")),
-    (ready_of_another_width, ("experts[2].model", "intermediate_size", "176", "352")),
-    (ready_of_another_rope, ("experts[2].model", "rope", "500000", "10000")),
-    (ready_with_another_tokenizer, ("experts[2].model", "tokenizer")),
+    (ready_of_another_width, ("experts[1].model", "intermediate_size", "176", "352")),
+    (ready_of_another_rope, ("experts[1].model", "rope", "500000", "10000")),
+    (ready_with_another_tokenizer, ("experts[1].model", "tokenizer")),
 ]
 
 
@@ -176,7 +176,7 @@ def test_a_source_without_a_usable_record_fails_its_stage_naming_it(
     """Configuration: no retry, the source's URI in the message."""
     workspace = inputs.copy(tmp_path / "w")
     (workspace.folder / "empty.jsonl").write_text('{"text": ""}\nnot json\n{"other": "x"}\n')
-    manifest = workspace.manifest(experts__2__data=[{"uri": "file://empty.jsonl"}])
+    manifest = workspace.manifest(experts__1__data=[{"uri": "file://empty.jsonl"}])
 
     printed = workspace.btx("run", manifest, code=78)
 

@@ -92,13 +92,13 @@ def test_verify_finds_a_flipped_byte_that_nobody_reads(finished: Workspace, tmp_
     """In an all-hit run only `--verify` reads every byte."""
     workspace = finished.copy(tmp_path / "w")
     before = workspace.attempts()
-    flip(workspace.artifact("train-prose") / "model.safetensors")
+    flip(workspace.artifact("train-math") / "model.safetensors")
     workspace.btx("run", "tiny.yaml")
     assert changed(before, workspace.attempts()) == {}
 
     workspace.btx("run", "tiny.yaml", "--verify")
 
-    assert changed(before, workspace.attempts()) == {"train-prose": 1}
+    assert changed(before, workspace.attempts()) == {"train-math": 1}
 
 
 CUT: dict[str, Any] = {
@@ -138,7 +138,7 @@ def test_a_stopped_run_leaves_no_process_and_resumes_to_the_same_bits(
     """Ctrl-C and SIGTERM checkpoint; SIGKILL of the engine takes its children with it."""
     workspace = straight.copy(tmp_path / "w")
     # The data and one expert are hits; two train side by side when the signal comes.
-    again = ("train-code", "train-prose", "average", "mix", "finetune", "evaluate")
+    again = ("train-code", "train-math", "average", "mix", "finetune", "evaluate")
     workspace.forget(*again)
     stopped = workspace.manifest("stopped", **CUT)
     process = workspace.start("run", stopped)
@@ -156,7 +156,7 @@ def test_a_stopped_run_leaves_no_process_and_resumes_to_the_same_bits(
     workspace.btx("run", stopped)
     here, there = workspace.checksums("stopped"), straight.checksums()
 
-    for stage in ("train-code", "train-prose", "mix", "finetune"):
+    for stage in ("train-code", "train-math", "mix", "finetune"):
         assert here[stage]["model.safetensors"] == there[stage]["model.safetensors"], stage
 
 
@@ -168,7 +168,7 @@ def test_runs_side_by_side_share_their_data(inputs: Workspace, tmp_path: Path) -
     workspace.btx("run", btx, dense)
     both = [workspace.attempts(run) for run in ("one", "two")]
 
-    for domain in ("code", "prose", "math", "general"):
+    for domain in ("code", "math", "general"):
         assert sum(attempts[f"prepare-{domain}"] for attempts in both) == 1
     printed = workspace.btx("report", "one", "two", "--out", "side-by-side")
     assert "one" in printed and "two" in printed

@@ -86,7 +86,7 @@ def outside(inputs: Workspace, s3_endpoint: str) -> str:
 
 
 def with_inputs_there(workspace: Workspace, prefix: str, **changes: Any) -> str:
-    """A manifest of two experts whose seed and sources are s3://, trained on one thread each."""
+    """A manifest whose seed and sources are s3://, trained on one thread each."""
     name = workspace.manifest(
         execution={kind: {"threads": 1} for kind in ("train", "finetune", "evaluate")},
         finetune__data__0__domains={"code": 1, "math": 1},
@@ -95,7 +95,6 @@ def with_inputs_there(workspace: Workspace, prefix: str, **changes: Any) -> str:
     )
     path = workspace.folder / name
     run = yaml.safe_load(path.read_text().replace("file://build", f"s3://{BUCKET}/{prefix}/build"))
-    run["spec"]["experts"] = [e for e in run["spec"]["experts"] if e["name"] != "prose"]
     path.write_text(yaml.safe_dump(run, sort_keys=False))
     return name
 
