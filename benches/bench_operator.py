@@ -349,8 +349,9 @@ def main() -> None:
         definitions = client.ApiextensionsV1Api(bench.api)
         definitions.create_custom_resource_definition(yaml.safe_load(CRD.read_text()))
         time.sleep(2)
-        # They scatter most.
-        pairs = [bench.creates(i, runs, experts) for i in range(rounds + 2 * (not asked.tiny))]
+        # Creates scatter most.
+        bursts = rounds if asked.tiny else rounds + 2
+        pairs = [bench.creates(i, runs, experts) for i in range(bursts)]
         rows.append(
             common.row(
                 f"creates: {runs} runs x {experts} experts", [a for a, _ in pairs],

@@ -146,8 +146,8 @@ def _whole_object() -> Schema:
             "status": structural(Status, written=True),
         },
     }
-    # Filled in whole they would be half of what is stored, and read and written with every status
-    # (docs/decisions/0025); within a block that the user wrote every default is.
+    # Blocks that nobody wrote were a fifth of what is stored, and so of each status write's work
+    # (docs/decisions/0025). Within one that the user wrote every default is filled in.
     execution = node(root, "spec.execution")
     execution["default"] = {}
     for block in execution["properties"].values():

@@ -83,7 +83,7 @@ def test_defaults_in_crd_and_models_are_equal() -> None:
 
 
 def test_a_run_is_not_filled_with_blocks_of_scheduling() -> None:
-    """They would be half of what is stored; one that the user wrote is whole."""
+    """They would be a fifth of what is stored; one that the user wrote is whole."""
     assert fill(a_spec(), spec_schema())["execution"] == {}
     filled = fill({**a_spec(), "execution": {"train": {"gpus": 8}}}, spec_schema())
     assert set(filled["execution"]) == {"train"}
