@@ -213,14 +213,18 @@ EVERY_BLOCK: Changes = {
     ],
     "finetune": {"data": [{"tokens": 5, "domains": {"code": 1}}]},
     "evaluate": {"domains": [{"name": "law", "data": DATA}, {"name": "code"}], "tasks": [TASK]},
+    "execution": {"train": {"gpus": 2}, "mix": {}},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", [{}, EVERY_BLOCK], ids=["least", "every block"])
 def test_the_server_fills_in_what_the_models_would(tries: Runs, changes: Changes) -> None:
-    """Nothing more, in an expert's overlay nothing at all."""
+    """Nothing more; in an expert's overlay, and of `execution` where no block is, nothing at all."""
     stored = tries.tried(a_run(**changes))["spec"]
     model = BTXRunSpec.parse(a_spec(**changes)).plain()
+    for block in set(model["execution"]) - set(changes.get("execution", ())):
+        del model["execution"][block]
+    assert BTXRunSpec.parse(stored) == BTXRunSpec.parse(a_spec(**changes))
     if changes:
         # The server keeps a count as it was written.
         assert stored["experts"][0].pop("tokens") == "4K"
