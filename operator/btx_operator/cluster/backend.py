@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from btx_api.names import API_VERSION, KIND
+from btx_api.names import API_VERSION, KIND, UID_LABEL
 from btx_api.spec import BTXRunSpec
 from btx_api.stage import TASK_SCHEMA, VERSIONS, Exit, Problem, Result
 from btx_api.status import ACTIVE, Release, State, Status
@@ -185,15 +185,16 @@ class ClusterBackend:
     # Around a step ------------------------------------------------------------------------------
 
     async def prepare(self, key: Key) -> None:
-        """Before a step: what the pods of a finished Job had to say, if no event has told it."""
+        """Before a step: what no event has told of the status's Jobs, and what their pods had to say."""
         run = self.cache.runs.get(key)
         if run is None:
             return
-        asked = {
-            (row.name, row.attempt, row.digest)
-            for row in run.status.rows
-            if row.state in (*ACTIVE, State.STOPPING)
-        }
+        active = [row for row in run.status.rows if row.state in (*ACTIVE, State.STOPPING)]
+        if any(row.handle and row.handle not in self.cache.records for row in active):
+            # Gone without a word, or another engine's Job of which the watch has not told yet.
+            for item in await self.kube.list(JOBS, key[0], f"{UID_LABEL}={run.uid}"):
+                self.cache.put_job(item)
+        asked = {(row.name, row.attempt, row.digest) for row in active}
         for record in self.cache.records_of(run.uid):
             origin, done = record.origin, record.job is not None and record.job.finished
             told = any(pod.exit is not None for pod in record.pods.values())
