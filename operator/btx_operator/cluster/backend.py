@@ -185,7 +185,7 @@ class ClusterBackend:
     # Around a step ------------------------------------------------------------------------------
 
     async def prepare(self, key: Key) -> None:
-        """Before a step: what no event has told of the status's Jobs, and what their pods had to say."""
+        """Before a step: what no event has told of the status's Jobs and of their pods' ends."""
         run = self.cache.runs.get(key)
         if run is None:
             return
