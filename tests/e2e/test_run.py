@@ -137,7 +137,7 @@ def test_a_stopped_run_leaves_no_process_and_resumes_to_the_same_bits(
 ) -> None:
     """Ctrl-C and SIGTERM checkpoint; SIGKILL of the engine takes its children with it."""
     workspace = straight.copy(tmp_path / "w")
-    # The data and one expert are hits; two train side by side when the signal comes.
+    # Only the data are hits: both experts train side by side when the signal comes.
     again = ("train-code", "train-math", "average", "mix", "finetune", "evaluate")
     workspace.forget(*again)
     stopped = workspace.manifest("stopped", **CUT)
