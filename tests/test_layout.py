@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {
     # Budgets of source lines, docstrings not counted (docs/decisions raise them).
     "crds/btx_api": 1600,
-    "operator/btx_operator": 4620,
-    "trainer_image/btx_trainer": 7150,
+    "operator/btx_operator": 4720,
+    "trainer_image/btx_trainer": 7170,
 }
 SOURCES = [path for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))]
 CORE = ("reconcile", "decide", "attempts", "methods")

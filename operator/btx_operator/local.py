@@ -18,11 +18,22 @@ from typing import Any
 
 from btx_api.names import API_VERSION, KIND, REFRESH_ANNOTATION, RETRY_ANNOTATION
 from btx_api.spec import BTXRunSpec
-from btx_api.stage import TASK_SCHEMA, VERSIONS, Exit, Problem, Progress, canonical
+from btx_api.stage import (
+    TASK_SCHEMA,
+    VERSIONS,
+    Exit,
+    Kind,
+    Problem,
+    Progress,
+    Stage,
+    Task,
+    canonical,
+)
 from btx_api.status import ACTIVE, ConditionType, Reason, Release, State, Status
 
 from btx_operator import processes
 from btx_operator.errors import LockedError, NotFoundError, UserError
+from btx_operator.fork_server import ForkServer
 from btx_operator.observed import (
     Attempt,
     Claim,
@@ -41,6 +52,8 @@ INTERRUPTED = 130
 SPEC, STATUS, NOTES = "spec.json", "status.json", "annotations.json"
 TICK = 1.0
 """Seconds between two looks at progress, deadlines and annotations."""
+LOADING = (Kind.TRAIN, Kind.FINETUNE, Kind.STITCH, Kind.EVALUATE)
+"""Kinds that load torch: seconds each, so they wait for the fork server that did it already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +133,8 @@ class LocalBackend:
         self.closing = False
         self._runs: dict[str, _Run] = {}
         self._wake = asyncio.Event()
+        # Whoever names a command of his own gets that.
+        self._server = ForkServer() if command == processes.TRAINER else None
 
     def open(self, name: str, spec: BTXRunSpec, *, verify: bool = False) -> None:
         """Takes the run's lock, creates or edits it; looks at its inputs again and forgives.
@@ -195,6 +210,8 @@ class LocalBackend:
         for child in self._live():
             if child.trainer is not None:
                 child.trainer.end()
+        if self._server is not None:
+            self._server.close()
         for run in self._runs.values():
             os.close(run.lock)
         self._runs.clear()
@@ -318,6 +335,8 @@ class LocalBackend:
             for child in run.children:
                 if child.exit is not None or child.trainer is not None:
                     continue
+                if self._loading(child.start.task):
+                    continue
                 default = self.slots if len(live) == 1 else 1
                 scheduling = child.start.task.execution.scheduling
                 ranks = scheduling.processes or 1
@@ -329,11 +348,28 @@ class LocalBackend:
                 free -= wish
                 self._begin(name, child, each)
 
+    def _loading(self, task: Task) -> bool:
+        """Whether a task is to wait until the fork server has loaded what it needs."""
+        if not isinstance(task.work, Stage) or task.work.kind not in LOADING or not self._server:
+            return False
+        self._server.look()
+        if (news := self._server.begin()) is None:
+            return False
+        loop = asyncio.get_running_loop()
+
+        def heard() -> None:
+            loop.remove_reader(news)
+            self._wake.set()
+
+        loop.add_reader(news, heard)
+        return True
+
     def _begin(self, run: str, child: _Child, threads: int) -> None:
         folder = self._runs[run].folder
         child.trainer = launch(
-            child.start.task, folder=folder, command=self.command, threads=threads
-        )
+            child.start.task, folder=folder, command=self.command, threads=threads,
+            server=self._server,
+        )  # fmt: skip
         child.began = self.clock()
         self._wake.set()
 

@@ -5,7 +5,6 @@ Called by local.py for the attempts of runs, and by the command line for errands
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -19,17 +18,17 @@ from btx_api.names import TASK_ENV
 from btx_api.stage import Progress, Result, Task
 from pydantic import ValidationError
 
+from btx_operator.fork_server import Forked, ForkServer, die_with_parent
+
 TRAINER = (sys.executable, "-m", "btx_trainer")
 PROGRESS_TIMEOUT, PROGRESS_BYTES = 2.0, 65_536
-PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(kw_only=True)
 class Trainer:
     """A process of its own group, with its log, result file and progress."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
     result_file: Path
     port: int
@@ -70,8 +69,18 @@ class Trainer:
         self.progress = await pull(self.port) or self.progress
 
 
-def launch(task: Task, *, folder: Path, command: Sequence[str] = TRAINER, threads: int) -> Trainer:
-    """Starts the trainer on a task; its files are `<folder>/{logs,attempts}/<name>-<attempt>.*`."""
+def launch(
+    task: Task,
+    *,
+    folder: Path,
+    command: Sequence[str] = TRAINER,
+    threads: int,
+    server: ForkServer | None = None,
+) -> Trainer:
+    """Starts the trainer on a task; its files are `<folder>/{logs,attempts}/<name>-<attempt>.*`.
+
+    A `server` that is ready forks it; else it is `command`.
+    """
     execution = task.execution
     log, result, task_file = files(folder, execution.name, execution.attempt)
     for path in (log, result):
@@ -92,8 +101,7 @@ def launch(task: Task, *, folder: Path, command: Sequence[str] = TRAINER, thread
     )
     task = task.model_copy(update={"execution": execution})
     task_file.write_text(task.model_dump_json(exclude_defaults=True))
-    environment = {
-        **os.environ,
+    changes = {
         TASK_ENV: f"@{task_file.absolute()}",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -103,9 +111,9 @@ def launch(task: Task, *, folder: Path, command: Sequence[str] = TRAINER, thread
         "MKL_CBWR": "AVX2",
     }
     with log.open("ab") as out:
-        process = subprocess.Popen(
+        process = (server and server.fork(changes, out.fileno())) or subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            env=environment, process_group=0, preexec_fn=_die_with_parent,  # noqa: PLW1509 - the engine has one thread
+            env={**os.environ, **changes}, process_group=0, preexec_fn=die_with_parent,  # noqa: PLW1509 - the engine has one thread
         )  # fmt: skip
     return Trainer(process=process, log=log, result_file=result, port=port)
 
@@ -167,12 +175,6 @@ async def run_task(
         trainer.end()
     assert trainer.exit is not None
     return trainer.exit, trainer.result(), trainer.log
-
-
-def _die_with_parent() -> None:
-    # In the child, before exec: an engine that is killed cannot clean up.
-    if _libc is not None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _has_ended(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""The trainer's only entry: Task -> already done? -> stage -> commit -> Result -> exit code.
+"""The trainer's entry: Task -> already done? -> stage -> commit -> Result -> exit code.
 
 A stage on several ranks is this same entry once more in each of them, started by launch.py.
 `BTX_TASK` holds the Task as JSON, or `@path` of a file with it. Imports no torch until a stage
