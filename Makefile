@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 # Of tests that wait for a cluster most of the time.
-WAITING ?= 4
+WAITING ?= 5
 PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 export PYTHONHASHSEED := 0
 

@@ -15,7 +15,7 @@ from cluster.control_plane import Cluster
 from cluster.space import scripted
 from kubernetes import client
 
-WAVE = 20
+WAVE = scaled(20, few=10)
 GROWTH = 2**20
 """Bytes of resident memory that the second half of a thousand runs may add."""
 WARM = 24 * 2**20
@@ -56,7 +56,7 @@ def sample(one: Lane, name: str) -> dict[str, float]:
 
 
 def wave(one: Lane, api: client.ApiClient, number: int) -> None:
-    """Twenty runs from their creation to their deletion."""
+    """So many runs from their creation to their deletion."""
     names = [f"w{number:03d}-{i:02d}" for i in range(WAVE)]
     for i, name in enumerate(names):
         # Every fourth one shares the storage of the one before: what is there is taken.

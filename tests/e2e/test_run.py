@@ -102,11 +102,11 @@ def test_verify_finds_a_flipped_byte_that_nobody_reads(finished: Workspace, tmp_
 
 
 CUT: dict[str, Any] = {
-    "experts__0__tokens": 65_536,
+    "experts__0__tokens": 131_072,
     # One thread in every stage: equal bits need equal thread counts.
     "execution": {k: {"threads": 1, "checkpointSeconds": 1} for k in ("train", "finetune")},
 }
-"""Of a run that is cut in the middle of its first expert."""
+"""Of a run that is cut three times in the middle of its first expert."""
 
 
 @pytest.fixture(scope="module")
@@ -117,32 +117,21 @@ def straight(inputs: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Wor
     return workspace
 
 
-def checkpoints(workspace: Workspace) -> list[Path]:
+def checkpoints(workspace: Workspace) -> set[Path]:
     """Manifests of the checkpoints of all experts."""
     stages = workspace.folder / "build/demo/storage/stages/train"
-    return list(stages.glob("*/checkpoints/*/manifest.json"))
+    return set(stages.glob("*/checkpoints/*/manifest.json"))
 
 
-def wait_for_checkpoint(workspace: Workspace) -> None:
-    """Until an expert has one: it is in the middle of its training."""
+def cut(workspace: Workspace, kind: signal.Signals) -> None:
+    """Starts the run and sends the signal in the middle of an expert's training."""
+    seen = checkpoints(workspace)
+    process = workspace.start("run", "stopped.yaml")
     end = time.monotonic() + 900
-    while not checkpoints(workspace):
+    while not checkpoints(workspace) - seen:
         assert time.monotonic() < end
+        assert process.poll() is None, "over before it was cut"
         time.sleep(0.05)
-
-
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_leaves_no_process_and_resumes_to_the_same_bits(
-    straight: Workspace, tmp_path: Path, kind: signal.Signals
-) -> None:
-    """Ctrl-C and SIGTERM checkpoint; SIGKILL of the engine takes its children with it."""
-    workspace = straight.copy(tmp_path / "w")
-    # Only the data are hits: both experts train side by side when the signal comes.
-    again = ("train-code", "train-math", "average", "mix", "finetune", "evaluate")
-    workspace.forget(*again)
-    stopped = workspace.manifest("stopped", **CUT)
-    process = workspace.start("run", stopped)
-    wait_for_checkpoint(workspace)
     assert any("btx_trainer.fork_server" in line for line in workspace.survivors())
     os.kill(process.pid, kind)
     process.communicate(timeout=900)
@@ -154,9 +143,22 @@ def test_a_stopped_run_leaves_no_process_and_resumes_to_the_same_bits(
     assert checkpoints(workspace), "cut in the middle of a stage"
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(kind, -9)
 
-    workspace.btx("run", stopped)
-    here, there = workspace.checksums("stopped"), straight.checksums()
 
+def test_a_stopped_run_leaves_no_process_and_resumes_to_the_same_bits(
+    straight: Workspace, tmp_path: Path
+) -> None:
+    """Ctrl-C and SIGTERM checkpoint; SIGKILL of the engine takes its children with it."""
+    workspace = straight.copy(tmp_path / "w")
+    # Only the data are hits: both experts train side by side when the first signal comes.
+    again = ("train-code", "train-math", "average", "mix", "finetune", "evaluate")
+    workspace.forget(*again)
+    workspace.manifest("stopped", **CUT)
+
+    for kind in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        cut(workspace, kind)
+    workspace.btx("run", "stopped.yaml")
+
+    here, there = workspace.checksums("stopped"), straight.checksums()
     for stage in ("train-code", "train-math", "mix", "finetune"):
         assert here[stage]["model.safetensors"] == there[stage]["model.safetensors"], stage
 
