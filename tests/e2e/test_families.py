@@ -124,7 +124,7 @@ def manifest(family: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Data, tokenizer, and one storage for all: only the first run prepares."""
+    """Data, tokenizer, and one storage for all: each domain is prepared once."""
     folder = tmp_path_factory.mktemp("families") / "w"
     folder.mkdir()
     write_data(folder / "data")
@@ -132,22 +132,27 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return Workspace(folder)
 
 
+@pytest.fixture(scope="module")
+def finished(workspace: Workspace) -> None:
+    """A run for each family, all side by side; each has succeeded."""
+    text = (workspace.folder / "tokenizer.json").read_text()
+    for name, odd in ODD.items():
+        for number, model in enumerate(("seed", "ready")):
+            folder = write_dense(
+                workspace.folder / name / model, name, number=number, dtype=torch.bfloat16,
+                shard="25KB", vocab_size=VOCABULARY, **odd,
+            )  # fmt: skip
+            assert len(list(folder.glob("model-*.safetensors"))) > 1
+            (folder / "tokenizer.json").write_text(text)
+        (workspace.folder / f"{name}.yaml").write_text(yaml.safe_dump(manifest(name)))
+    workspace.btx("run", *(f"{name}.yaml" for name in ODD))
+    assert {name: workspace.status(name).state for name in ODD} == dict.fromkeys(ODD, "Succeeded")
+
+
 @pytest.fixture(scope="module", params=list(ODD))
-def family(request: pytest.FixtureRequest, workspace: Workspace) -> str:
-    """A family whose run, of its own name, has succeeded."""
-    name = str(request.param)
-    for number, model in enumerate(("seed", "ready")):
-        folder = write_dense(
-            workspace.folder / name / model, name, number=number, dtype=torch.bfloat16,
-            shard="25KB", vocab_size=VOCABULARY, **ODD[name],
-        )  # fmt: skip
-        assert len(list(folder.glob("model-*.safetensors"))) > 1
-        text = (workspace.folder / "tokenizer.json").read_text()
-        (folder / "tokenizer.json").write_text(text)
-    (workspace.folder / f"{name}.yaml").write_text(yaml.safe_dump(manifest(name)))
-    workspace.btx("run", f"{name}.yaml")
-    assert workspace.status(name).state == "Succeeded"
-    return name
+def family(request: pytest.FixtureRequest, finished: None) -> str:
+    """The name of a family, and of its run."""
+    return str(request.param)
 
 
 def stock_model(folder: Path) -> torch.nn.Module:

@@ -371,11 +371,11 @@ def test_two_writers_of_one_digest_race(s3_endpoint, prefix):
 
 
 def test_a_slow_transfer_is_no_stall(s3_endpoint, prefix):
-    """One request of 15 s in a stage that may be silent for 8 s: bytes keep coming."""
+    """One request of 10 s in a stage that may be silent for 8 s: bytes keep coming."""
     store = store_at(s3_endpoint, prefix)
     lines = (b'{"text": "%d %s"}\n' % (i, b"x" * 1000) for i in range(4000))
     store.put("text.jsonl", b"".join(lines))
-    script = Script(rates={Fault.SLOW: 1.0}, pieces=50, pause=0.3)
+    script = Script(rates={Fault.SLOW: 1.0}, pieces=34, pause=0.3)
     with faulty(s3_endpoint, script) as proxy:
         storage = storage_at(proxy.endpoint, prefix)
         task = prepare_task(storage, f"{prefix}/text.jsonl", no_progress_seconds=8)
