@@ -81,7 +81,7 @@ class ForkServer:
         except BlockingIOError:
             return
         except OSError:
-            self.ready = False
+            pass  # the same as its end
         if not self.ready:
             self.close()
 

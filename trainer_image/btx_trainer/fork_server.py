@@ -5,15 +5,15 @@ environment variables, with two descriptors: the attempt's log, and a socket on 
 says its process id and waits for `go`. Nothing of a task is read before the fork.
 """
 
-import ctypes
 import gc
 import importlib
 import json
 import os
-import signal
 import socket
 import sys
 import time
+
+from btx_trainer.ranks import Place
 
 STAGES = ("prepare", "train", "average", "mix", "finetune", "evaluate")
 ONE_THREAD = {
@@ -21,11 +21,10 @@ ONE_THREAD = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }  # fmt: skip
 """While libraries load: a second thread could hold a lock that nobody in an attempt lets go."""
-PR_SET_PDEATHSIG = 1
 
 
 def serve(channel: socket.socket, engine: int) -> None:
-    """Returns in each attempt's process, ready for its task, and when the engine is gone."""
+    """Returns in each attempt's process, ready for its task; ends when the engine is gone."""
     while True:
         message, descriptors, _, _ = socket.recv_fds(channel, 65_536, 2)
         if not message:
@@ -53,9 +52,7 @@ def _become(changes: dict[str, str], log: int, answer: int, engine: int) -> None
     until = time.monotonic() + 10
     while os.getppid() != engine and time.monotonic() < until:
         time.sleep(0.001)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != engine:
-        os._exit(1)
+    Place(parent=engine).die_with_parent()
     with socket.socket(fileno=answer) as wanted:
         try:
             wanted.send(str(os.getpid()).encode())
